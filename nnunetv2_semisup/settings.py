@@ -1,0 +1,105 @@
+"""Settings of a method: a frozen dataclass with the paper's values, overridden in the plans file.
+
+    "semisup": {"nnUNetTrainerMeanTeacher": {"consistency_weight": 0.2}}
+
+The key is the trainer's name without the ``_<N>epochs`` suffix. Unknown trainers, unknown keys and wrong types are
+errors: a typo must not train for a day with the default value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+
+from nnunetv2_semisup.errors import InputError
+
+
+def setting(default, source: str, unit: str = ""):
+    """A dataclass field with its source (paper section, equation, or our reason) and its unit."""
+    return field(default=default, metadata={"source": source, "unit": unit})
+
+
+@dataclass(frozen=True)
+class SemiSupSettings:
+    """What every method has. Each method's dataclass inherits from this one."""
+
+    num_epochs: int = setting(1000, "nnU-Net; the suffix of nnUNetTrainerX_<N>epochs beats it", "epochs")
+    num_iterations_per_epoch: int = setting(250, "nnU-Net", "optimiser steps")
+    num_val_iterations_per_epoch: int = setting(50, "nnU-Net", "batches")
+    unlabeled_batch_size: int | None = setting(None, "as many as labelled ones, the literature's choice", "patches")
+    save_every_minutes: float = setting(10.0, "ours: at most this plus one epoch is lost", "minutes")
+    deterministic_seed: int | None = setting(None, "ours: weights, loaders and noise; exact with nnUNet_n_proc_DA=0")
+
+    def __post_init__(self):
+        self.require(self.num_epochs >= 1, "num_epochs", "at least 1")
+        self.require(self.num_iterations_per_epoch >= 1, "num_iterations_per_epoch", "at least 1")
+        self.require(self.num_val_iterations_per_epoch >= 1, "num_val_iterations_per_epoch", "at least 1")
+        self.require((self.unlabeled_batch_size or 1) >= 1, "unlabeled_batch_size", "at least 1")
+        self.require(self.save_every_minutes >= 0, "save_every_minutes", "0 or more")
+
+    def require(self, condition: bool, key: str, range_: str) -> None:
+        """Raise an InputError unless ``condition``; for checks of ranges in ``__post_init__``."""
+        if not condition:
+            raise InputError(f"setting {key} = {getattr(self, key)!r} is out of range: it must be {range_}")
+
+
+def resolve(settings_class: type[SemiSupSettings], overrides: dict, where: str) -> SemiSupSettings:
+    """Build the settings with ``overrides``, checking names and types.
+
+    Args:
+        settings_class: the method's dataclass.
+        overrides: key to value, as read from JSON. Lists become tuples, whole numbers pass as floats.
+        where: what to name in an error, e.g. ``nnUNetPlans.json: semisup: nnUNetTrainerMeanTeacher``.
+
+    Raises:
+        InputError: unknown key, wrong type, or a value out of range.
+    """
+    if not isinstance(overrides, dict):
+        raise InputError(f"{where}: expected keys and values, got {overrides!r}")
+    hints = typing.get_type_hints(settings_class)
+    known = {f.name for f in dataclasses.fields(settings_class)}
+    values = {}
+    for key, value in overrides.items():
+        if key not in known:
+            raise InputError(f"{where}: unknown setting {key!r}; known are {', '.join(sorted(known))}")
+        values[key] = _checked(value, hints[key], f"{where}: {key}")
+    try:
+        return settings_class(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def parse_value(text: str):
+    """Read a value typed on the command line: JSON where it is JSON, else the text itself (``0.9``, ``true``, ``abc``)."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def as_json(settings: SemiSupSettings) -> dict:
+    """The settings as a dict that ``json.dump`` takes and ``resolve`` reads back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
+
+
+def _checked(value, hint, where: str):
+    """``value`` converted to ``hint``, or an InputError."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option)
+        if option is type(None) and value is None:
+            return None
+        if origin is typing.Literal and value in typing.get_args(option):
+            return value
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, str, bool) and type(value) is option:
+            return value
+        if origin is tuple and isinstance(value, (list, tuple)):
+            (item_hint, _) = typing.get_args(option)  # only tuple[X, ...] is used
+            return tuple(_checked(item, item_hint, where) for item in value)
+    readable = " or ".join(getattr(o, "__name__", str(o)).replace("NoneType", "null") for o in options)
+    raise InputError(f"{where} = {value!r} has the wrong type: it must be {readable}")
