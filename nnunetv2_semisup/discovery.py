@@ -1,0 +1,95 @@
+"""How stock nnU-Net finds our trainers, and how to check that it does.
+
+nnU-Net looks for trainers in its own package and then in the folders named by the environment variable
+``nnUNet_extTrainer``. The start-up line ``nnunetv2_semisup.pth`` in site-packages calls :func:`register` in every Python
+process of the environment, so this module must stay cheap: nothing but the standard library at the top.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+VARIABLE = "nnUNet_extTrainer"
+
+
+def ext_trainers_folder() -> str:
+    """The folder that nnU-Net has to scan."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "ext_trainers")
+
+
+def register() -> None:
+    """Append our folder to ``nnUNet_extTrainer``, keeping what is there."""
+    folders = [f for f in os.environ.get(VARIABLE, "").split(os.pathsep) if f]
+    if ext_trainers_folder() not in folders:
+        os.environ[VARIABLE] = os.pathsep.join([*folders, ext_trainers_folder()])
+
+
+def trainers() -> dict[str, type]:
+    """Every trainer this package offers, by name (without the ``_<N>epochs`` variants)."""
+    from nnunetv2_semisup.trainers import TRAINERS
+
+    return TRAINERS
+
+
+def nearest(name: str) -> str | None:
+    """The trainer of ours that ``name`` was most likely meant to be, with its epoch suffix; None if none is near."""
+    from nnunetv2_semisup.trainers import split_epochs
+
+    stem, epochs = split_epochs(name)
+    prefix = "nnunettrainer"
+    by_key = {t.lower().removeprefix(prefix): t for t in trainers()}
+    match = difflib.get_close_matches(stem.lower().removeprefix(prefix), by_key, n=1, cutoff=0.6)
+    if not match:
+        return None
+    return by_key[match[0]] + ("" if epochs is None else "_1epoch" if epochs == 1 else f"_{epochs}epochs")
+
+
+def settings_class(trainer_name: str) -> type:
+    """The settings dataclass of a trainer named without epoch suffix.
+
+    Raises:
+        InputError: there is no such trainer; the nearest name is suggested.
+    """
+    from nnunetv2_semisup.errors import InputError
+
+    if trainer_name in trainers():
+        return trainers()[trainer_name].method_class.settings_class
+    near = nearest(trainer_name)
+    hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(trainers()))}"
+    raise InputError(f"settings name the unknown trainer {trainer_name!r} (named without _<N>epochs): {hint}")
+
+
+def check() -> dict[str, str]:
+    """Resolve every trainer through nnU-Net's own finder.
+
+    Returns:
+        Trainer name to the file it comes from.
+
+    Raises:
+        InputError: nnU-Net does not find a trainer, or finds another class under its name.
+    """
+    import contextlib
+    import inspect
+    import io
+
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from nnunetv2_semisup.errors import InputError
+
+    found = {}
+    for name, expected in trainers().items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                resolved = recursive_find_trainer_class_by_name(name)
+            except RuntimeError as error:
+                raise InputError(
+                    f"nnU-Net does not find {name}: {error} Set export {VARIABLE}=$(nnUNetv2_semisup_trainers)"
+                ) from error
+        if resolved is not expected:
+            raise InputError(
+                f"nnU-Net resolves {name} to {inspect.getfile(resolved)}, not to {inspect.getfile(expected)}: "
+                f"remove the other one from {VARIABLE}={os.environ.get(VARIABLE)}"
+            )
+        found[name] = inspect.getfile(resolved)
+    return found

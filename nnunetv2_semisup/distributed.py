@@ -1,0 +1,54 @@
+"""Several processes. Our methods call parts of the network, which bypasses DistributedDataParallel's own reducer.
+
+So gradients are averaged by hand, once per step, after all backward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+def is_distributed() -> bool:
+    """True inside an initialised process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], flags: Tensor) -> Tensor:
+    """Replace every gradient by its mean over the processes, in one all-reduce; nothing to do in a single process.
+
+    Args:
+        parameters: the same on every process; those without a gradient count as zero.
+        flags: (F,) float, one per yes-or-no question on which the processes must agree.
+
+    Returns:
+        (F,) the flags, summed over the processes.
+    """
+    if not is_distributed():
+        return flags
+    parameters = [p for p in parameters if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([flags.float(), *(g.reshape(-1).float() for g in gradients)])
+    dist.all_reduce(flat)
+    summed, flat = flat[: flags.numel()], flat[flags.numel() :] / dist.get_world_size()
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+    return summed
+
+
+def broadcast_state(*modules: nn.Module) -> None:
+    """Give every process the parameters and buffers of rank 0."""
+    if not is_distributed():
+        return
+    for module in modules:
+        for tensor in module.state_dict().values():
+            on_device = tensor.to(_communication_device())
+            dist.broadcast(on_device, 0)
+            tensor.copy_(on_device)
+
+
+def _communication_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

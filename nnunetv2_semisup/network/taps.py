@@ -1,0 +1,85 @@
+"""The planned network in two halves, so that a method can work on what lies between them.
+
+The only place that walks through nnU-Net's decoder. ``decode(network, encode(network, x))[0]`` equals ``network(x)`` for
+PlainConvUNet and ResidualEncoderUNet, with and without deep supervision.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+
+def encode(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """Run the encoder.
+
+    Args:
+        network: a network of nnU-Net's plans, not wrapped.
+        images: (B, C, X, Y, Z) or (B, C, X, Y) float.
+
+    Returns:
+        Skips, highest resolution first; the last one is the bottleneck.
+    """
+    return _compiled(_encode)(network, images) if _is_compiled(network) else _encode(network, images)
+
+
+def decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
+    """Run the decoder.
+
+    Args:
+        network: a network of nnU-Net's plans, not wrapped.
+        skips: as :func:`encode` returns them.
+
+    Returns:
+        What ``network(x)`` returns: logits (B, heads, X, Y, Z), or under deep supervision a list of them, highest
+        resolution first; and the last features (B, F, X, Y, Z), the input of the last segmentation layer.
+    """
+    return _compiled(_decode)(network, skips) if _is_compiled(network) else _decode(network, skips)
+
+
+def logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Full-resolution logits (B, heads, X, Y, Z) of ``images``, whether deep supervision is on or not."""
+    output, _ = decode(network, encode(network, images))
+    return output[0] if isinstance(output, list) else output
+
+
+def compile_taps(network: nn.Module) -> None:
+    """Let ``encode`` and ``decode`` run compiled for this network and for later copies of it; its keys do not change."""
+    network.semisup_compiled_taps = True
+
+
+def check_supported(network: nn.Module) -> None:
+    """Raise NotImplementedError if the network is not one whose decoder we know how to walk."""
+    parts = ("encoder", "decoder")
+    decoder_parts = ("stages", "transpconvs", "seg_layers", "deep_supervision")
+    if not all(hasattr(network, p) for p in parts) or not all(hasattr(network.decoder, p) for p in decoder_parts):
+        raise NotImplementedError(
+            f"semi-supervised trainers work with nnU-Net's U-Nets (PlainConvUNet, ResidualEncoderUNet), not with "
+            f"{type(network).__name__}: choose other plans with -p"
+        )
+
+
+def _encode(network: nn.Module, images: Tensor) -> list[Tensor]:
+    return network.encoder(images)
+
+
+def _decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
+    decoder = network.decoder
+    features = skips[-1]
+    outputs = []
+    for depth, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
+        features = stage(torch.cat((upsample(features), skips[-(depth + 2)]), 1))
+        if decoder.deep_supervision:
+            outputs.append(decoder.seg_layers[depth](features))
+    if not decoder.deep_supervision:
+        return decoder.seg_layers[-1](features), features
+    return outputs[::-1], features
+
+
+def _is_compiled(network: nn.Module) -> bool:
+    return getattr(network, "semisup_compiled_taps", False)
+
+
+@cache
+def _compiled(function):
+    return torch.compile(function)

@@ -1,0 +1,41 @@
+"""Stop cleanly on SIGINT (Ctrl-C) and SIGTERM (a cluster's job limit): note the wish, act between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM. A second SIGINT interrupts at once, as without us."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        self._previous: dict[int, object] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells report it."""
+        return 128 + self.signal
+
+    def listen(self) -> None:
+        """Install the handlers; without effect outside the main thread, where Python allows none."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+
+    def stop_listening(self) -> None:
+        """Put back the handlers that were there before."""
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        # The step in flight may take a while: say at once that the wish was heard.
+        print(f"\n{self.signal.name} received: finishing the step, then saving ...", flush=True)

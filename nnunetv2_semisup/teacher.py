@@ -1,0 +1,40 @@
+"""The exponential moving average of the student's weights."""
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+
+class Teacher(AveragedModel):
+    """EMA copy of a network: no gradient, no deep supervision, warm-up of the decay.
+
+    After the t-th update (t from 0) the weights are ``a * teacher + (1 - a) * student`` with
+    ``a = min(1 - 1 / (t + 1), decay)``: the first update copies the student, 0.99 is reached at t = 99. Buffers
+    (statistics of a BatchNorm plan) are copied from the student.
+
+    Args:
+        network: the student, not compiled and not wrapped.
+        decay: in [0, 1).
+
+    Reference: Tarvainen & Valpola, NeurIPS 2017, section 2; warm-up as in its released code.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        super().__init__(network, multi_avg_fn=self._average)
+        self.decay = decay
+        self.requires_grad_(False)
+        self.module.decoder.deep_supervision = False
+
+    def _average(self, teacher: list[torch.Tensor], student: list[torch.Tensor], updates: torch.Tensor) -> None:
+        torch._foreach_lerp_(teacher, student, 1.0 - min(1.0 - 1.0 / (int(updates) + 1), self.decay))
+
+    def reset(self, network: nn.Module) -> None:
+        """Become a copy of ``network`` and forget how many updates there were."""
+        self.module.load_state_dict(network.state_dict())
+        self.n_averaged.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        # The counter stays on the CPU: AveragedModel reads it at every update, which would stall a GPU.
+        super()._apply(fn, recurse)
+        self.n_averaged = self.n_averaged.cpu()
+        return self

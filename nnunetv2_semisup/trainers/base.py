@@ -1,0 +1,581 @@
+"""Everything that semi-supervised methods share: the only file here that talks to nnU-Net's trainer.
+
+A method (:class:`SemiSupMethod`) yields groups of loss terms; :class:`nnUNetTrainerSemiSup` does the rest. A new method
+is one new file in this folder with a settings dataclass, a subclass of each, and no list to edit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import strftime, time
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor, autocast, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from nnunetv2_semisup import __version__
+from nnunetv2_semisup import settings as settings_module
+from nnunetv2_semisup.data import loader, preprocess, splits
+from nnunetv2_semisup.distributed import average_gradients, broadcast_state, is_distributed
+from nnunetv2_semisup.errors import InputError, TrainingFailed
+from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.settings import SemiSupSettings
+from nnunetv2_semisup.stopping import StopRequest
+from nnunetv2_semisup.training_log import TrainingLog
+
+Group = dict[str, tuple[float, Tensor]]
+
+MAX_GRADIENT_NORM = 12  # nnU-Net's value
+MAX_OVERFLOWS_IN_A_ROW = 20  # a GradScaler that starts at 2^16 has passed every sensible scale by then
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a method may know about the task. It never sees paths, the optimiser, processes or mixed precision.
+
+    Attributes:
+        supervised_loss: nnU-Net's loss, called with (logits, target), each a list under deep supervision.
+        num_heads: output channels; with softmax they include the background.
+        has_regions: True for region-based (sigmoid) training.
+        ignore_label: value in the labelled target that carries no label, or None. Predictions never contain it.
+        patch_size: voxels per axis, 2 or 3 entries.
+        spacing_mm: voxel size per axis of the patch.
+    """
+
+    supervised_loss: nn.Module
+    num_heads: int
+    has_regions: bool
+    ignore_label: int | None
+    patch_size: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+
+
+class SemiSupMethod(nn.Module):
+    """What a method is: loss terms, and whatever it needs beside the network (teacher, heads, banks).
+
+    The network is an argument of every function and never a submodule, or it would be saved and optimised twice.
+    Parameters that require a gradient are optimised and everything in the state dict is saved.
+    """
+
+    settings_class: ClassVar[type[SemiSupSettings]] = SemiSupSettings
+
+    def __init__(self, network: nn.Module, task: TaskInfo, settings: SemiSupSettings):
+        """Build what is needed beside ``network``, which may be looked at and copied but not kept."""
+        super().__init__()
+        self.task = dataclasses.replace(task, supervised_loss=None)
+        self.settings = settings
+        # In a tuple so that it is not a submodule: the loss belongs to the trainer.
+        self._supervised_loss = (task.supervised_loss,)
+
+    def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
+        """Yield groups of terms ``{name: (weight, value)}``; the groups share no graph.
+
+        The trainer back-propagates each group before it asks for the next, so peak memory is that of the largest one.
+        Never yield inside ``torch.no_grad()`` or ``autocast``: the mode would leak into the trainer's backward.
+
+        Args:
+            network: the planned network, in training mode.
+            labelled: ``data`` (B, C, X, Y, Z) float32; ``target`` as the supervised loss takes it; ``keys`` list of str.
+            unlabelled: ``data`` (U, C, X, Y, Z) float32, spatially augmented only; ``keys``. There is no target.
+            progress: share of optimiser steps done, in [0, 1).
+        """
+        raise NotImplementedError
+
+    def supervised(self, network: nn.Module, labelled: dict) -> Group:
+        """The stock step's loss as a group of its own; most methods yield it last."""
+        output, _ = taps.decode(network, taps.encode(network, labelled["data"]))
+        return {"supervised": (1.0, self._supervised_loss[0](output, labelled["target"]))}
+
+    def after_step(self, network: nn.Module) -> None:  # noqa: B027
+        """Update teacher or banks after the optimiser's step; skipped when the step was."""
+
+    def reset(self, network: nn.Module) -> None:  # noqa: B027
+        """Called once before the first step of a fresh run, when ``network`` has its final start (pre-trained) weights."""
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars of the last step for the log, no gradient; name shares in [0, 1] ``share_<what>``."""
+        return {}
+
+    def inference_network(self, network: nn.Module) -> nn.Module:
+        """The network whose weights are validated and written for prediction; same keys as ``network``."""
+        return network
+
+
+class nnUNetTrainerSemiSup(nnUNetTrainer):
+    """nnU-Net's trainer with a second, unlabelled stream. Subclasses set ``method_class`` and nothing else."""
+
+    method_class: ClassVar[type[SemiSupMethod] | None] = None
+    epochs_of_name: ClassVar[int | None] = None  # set on nnUNetTrainer<Method>_<N>epochs
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
+    ):
+        self.settings = self._resolve_settings(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.settings.num_epochs
+        self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
+        self.method: SemiSupMethod | None = None  # -> initialize
+        self.unlabeled_cases: list[str] = []  # -> on_train_start
+        self.training_log = TrainingLog()
+        self._resumed = False
+        self._steps_in_epoch = 0
+        self._overflows_in_a_row = 0
+        self._last_save = time()
+        self._stop = StopRequest()
+        self._student_weights: dict[str, Tensor] | None = None
+
+    # ---------------------------------------------------------------------------------------------------- set-up
+
+    @classmethod
+    def base_name(cls) -> str:
+        """The trainer's name without the epoch suffix, the key of its settings."""
+        return cls.__name__ if cls.epochs_of_name is None else cls.__mro__[1].__name__
+
+    @classmethod
+    def _resolve_settings(cls, plans: dict) -> SemiSupSettings:
+        from nnunetv2_semisup import discovery
+
+        all_overrides = plans.get("semisup", {})
+        where = f"{plans.get('plans_name', 'plans')}.json: semisup"
+        if not isinstance(all_overrides, dict):
+            raise InputError(f"{where}: expected trainer names, got {all_overrides!r}")
+        for name in all_overrides:
+            if name != cls.base_name():
+                try:
+                    discovery.settings_class(name)
+                except InputError as error:
+                    raise InputError(f"{where}: {error}") from None
+        overrides = all_overrides.get(cls.base_name(), {})
+        resolved = settings_module.resolve(cls.method_class.settings_class, overrides, f"{where}: {cls.base_name()}")
+        if cls.epochs_of_name is not None:
+            resolved = dataclasses.replace(resolved, num_epochs=cls.epochs_of_name)
+        return resolved
+
+    def initialize(self):
+        if self.is_cascaded:
+            raise NotImplementedError(
+                f"{self.__class__.__name__} does not train the cascade's second stage ({self.configuration_name}): "
+                f"its unlabelled images would need predictions of the first stage. Train 3d_fullres or 3d_lowres."
+            )
+        if self.settings.deterministic_seed is not None:
+            self._seed(self.settings.deterministic_seed)
+        super().initialize()
+        taps.check_supported(self.bare_network)
+        if self._do_i_compile():
+            # In place: the keys stay stock. The taps serve training, the plain call serves validation.
+            taps.compile_taps(self.bare_network)
+            self.bare_network.compile()
+        task = TaskInfo(
+            supervised_loss=self.loss,
+            num_heads=self.label_manager.num_segmentation_heads,
+            has_regions=self.label_manager.has_regions,
+            ignore_label=self.label_manager.ignore_label,
+            patch_size=tuple(self.configuration_manager.patch_size),
+            spacing_mm=tuple(self.configuration_manager.spacing),
+        )
+        self.method = self.method_class(self.bare_network, task, self.settings).to(self.device)
+        if self.method_parameters:
+            self.optimizer.add_param_group({"params": self.method_parameters})
+
+    def _do_i_compile(self):
+        # nnU-Net asks this right after it has built the network, to wrap it whole. Answer no at that one place: we
+        # compile in place in initialize(). _build_loss, which comes next, must hear the true value.
+        wrapping_the_network = self.network is not None and self.optimizer is None
+        return False if wrapping_the_network else super()._do_i_compile()
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The planned network without the DistributedDataParallel wrapper."""
+        return self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+
+    @property
+    def method_parameters(self) -> list[nn.Parameter]:
+        """The method's own parameters that are trained (heads, a second network)."""
+        return [p for p in self.method.parameters() if p.requires_grad]
+
+    @property
+    def progress(self) -> float:
+        """Share of optimiser steps done, in [0, 1)."""
+        steps = self.current_epoch * self.num_iterations_per_epoch + self._steps_in_epoch
+        return steps / (self.num_epochs * self.num_iterations_per_epoch)
+
+    def _seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+
+    # ------------------------------------------------------------------------------------------------- the two streams
+
+    def do_split(self):
+        if self.fold != "all":
+            identifiers = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+            written = splits.ensure_splits(Path(self.preprocessed_dataset_folder_base), identifiers)
+            if written:
+                self.print_to_log_file(f"Fewer than 5 labelled cases: wrote leave-one-out folds to {written}")
+        return super().do_split()
+
+    def _prepare_unlabeled_cases(self) -> list[str]:
+        """Preprocess what is missing, then say which unlabelled cases this fold uses."""
+        arguments = (self.plans_manager.dataset_name, self.plans_manager.plans_name, self.configuration_name)
+        if is_distributed():
+            pending = preprocess.pending_cases(*arguments)
+            if pending:
+                raise InputError(
+                    f"{len(pending)} unlabelled cases are not preprocessed ({', '.join(pending[:3])}, ...), and that "
+                    f"would outlast the time-out of several GPUs. Run first: nnUNetv2_semisup_preprocess "
+                    f"-d {arguments[0]} -p {arguments[1]} -c {arguments[2]}"
+                )
+        processes = int(os.environ.get("nnUNet_def_n_proc", 8))
+        available = preprocess.preprocess_unlabeled(*arguments, processes, log=self.print_to_log_file)
+        cases = splits.unlabeled_of_fold(Path(self.preprocessed_dataset_folder_base), self.fold, available)
+        self.print_to_log_file(f"{len(cases)} unlabelled cases serve fold {self.fold}.")
+        return cases
+
+    def get_dataloaders(self):
+        with _workers(0):  # stock builds its two loaders, transforms and all, without starting workers
+            train, val = (augmenter.data_loader for augmenter in super().get_dataloaders())
+        dims = slice(1, None) if train.patch_size_was_2d else slice(None)
+        unlabeled = loader.UnlabeledDataLoader(
+            loader.UnlabeledDataset(
+                preprocess.unlabeled_folder(
+                    self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier
+                ),
+                self.unlabeled_cases,
+            ),
+            self._unlabeled_batch_size(),
+            train.patch_size[dims],
+            train.final_patch_size[dims],
+            self.label_manager,
+            transforms=loader.geometric_part(train.transforms),
+        )
+        workers = get_allowed_n_proc_DA()
+        return (
+            self._augmenter(loader.TwoStreamLoader(train, unlabeled), workers, max(6, workers // 2)),
+            self._augmenter(val, max(1, workers // 2) if workers else 0, max(3, workers // 4)),
+        )
+
+    def _unlabeled_batch_size(self) -> int:
+        """Unlabelled patches per step and process."""
+        wanted = self.settings.unlabeled_batch_size
+        if wanted is None:
+            return self.batch_size
+        return max(1, wanted // dist.get_world_size()) if is_distributed() else wanted
+
+    def _augmenter(self, data_loader, workers: int, cached: int):
+        """nnU-Net's own augmenter around ``data_loader``, already running."""
+        if workers == 0:
+            return SingleThreadedAugmenter(data_loader, None)
+        seed = self.settings.deterministic_seed
+        augmenter = NonDetMultiThreadedAugmenter(
+            data_loader,
+            None,
+            workers,
+            cached,
+            seeds=None if seed is None else [seed + 1000 * self.current_epoch + i for i in range(workers)],
+            pin_memory=self.device.type == "cuda",
+            wait_time=0.002,
+        )
+        next(augmenter)
+        return augmenter
+
+    def _on_device(self, batch: dict) -> dict:
+        def move(value):
+            if isinstance(value, list):
+                return [move(v) for v in value]
+            return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return {key: value if key == "keys" else move(value) for key, value in batch.items()}
+
+    # -------------------------------------------------------------------------------------------------------- training
+
+    def run_training(self):
+        try:
+            super().run_training()
+        except RuntimeError:
+            # Ctrl-C reaches the workers too; nnU-Net then reports them as dead.
+            if not self._stop:
+                raise
+            self._save_and_leave()
+        finally:
+            self._stop.stop_listening()
+            self._end_workers()
+        if self._stop:
+            sys.exit(self._stop.exit_code)
+
+    def on_train_start(self):
+        if not self.was_initialized:
+            self.initialize()
+        self.unlabeled_cases = self._prepare_unlabeled_cases()
+        if self.settings.deterministic_seed is not None:
+            self._seed(self.settings.deterministic_seed + 1000 * self.current_epoch)
+        if not self._resumed:
+            self.method.reset(self.bare_network)
+        broadcast_state(self.bare_network, self.method)
+        super().on_train_start()
+        if self.local_rank == 0:
+            if not self._resumed:
+                self._set_aside_older_checkpoints()
+            self._write_settings()
+        self._last_save = time()
+        self._stop.listen()
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        self.method.train()
+        self._steps_in_epoch = 0
+        self.training_log.start_epoch()
+
+    def train_step(self, batch: dict) -> dict:
+        network = self.bare_network
+        unlabelled = self._on_device(batch["unlabelled"])
+        labelled = self._on_device({key: batch[key] for key in ("data", "target", "keys")})
+        self.optimizer.zero_grad(set_to_none=True)
+
+        weights, values = {}, {}
+        groups = self.method.losses(network, labelled, unlabelled, self.progress)
+        while True:
+            with self._autocast():
+                group = next(groups, None)
+            if group is None:
+                break
+            total = sum(weight * value for weight, value in group.values())
+            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
+            for name, (weight, value) in group.items():
+                weights[name], values[name] = weight, value.detach()
+
+        finite = self._finish_step(network, values, batch)
+        self._steps_in_epoch += 1
+        total = sum(weights[name] * finite[f"loss_{name}"] for name in weights)
+        self.training_log.add({**finite, "loss_total": total, **{f"weight_{n}": w for n, w in weights.items()}})
+        if self._stop:
+            self._save_and_leave()
+        # nnU-Net plots this beside the validation loss, so it is the supervised term where there is one.
+        return {"loss": np.float32(finite.get("loss_supervised", total))}
+
+    def _finish_step(self, network: nn.Module, values: dict[str, Tensor], batch: dict) -> dict[str, float]:
+        """Synchronise, clip, check, step. Returns the step's scalars by column name of the log."""
+        parameters = [*network.parameters(), *self.method_parameters]
+        flags = torch.tensor([float(bool(self._stop))], device=self.device)
+        flags = torch.cat([flags, torch.stack([~torch.isfinite(v) for v in values.values()]).any()[None].float()])
+        flags = average_gradients(parameters, flags)
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        norm = clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
+        if self.method_parameters:
+            norm = norm + 0 * clip_grad_norm_(self.method_parameters, MAX_GRADIENT_NORM)  # not finite if either is not
+
+        scalars = {**{f"loss_{n}": v for n, v in values.items()}, "gradient_norm": norm, **self.method.diagnostics()}
+        # The one transfer of the step from the device.
+        numbers = torch.stack([s.detach().float().reshape(()) for s in [*scalars.values(), *flags]]).tolist()
+        *numbers, stop, not_finite = numbers
+        named = dict(zip(scalars, numbers, strict=True))
+        overflow = bool(not_finite) or not math.isfinite(named["gradient_norm"])
+        if stop and not self._stop:
+            self._stop.request()
+        self._handle_overflow(overflow, named, batch)
+
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)  # skips the step itself when a gradient overflowed
+            self.grad_scaler.update()
+        if not overflow:
+            self.method.after_step(network)
+        # An overflow is counted, but its infinities would spoil the epoch's means.
+        return {"overflows": float(overflow), **{k: v for k, v in named.items() if math.isfinite(v) or not overflow}}
+
+    def _handle_overflow(self, overflow: bool, named: dict[str, float], batch: dict) -> None:
+        """Without a GradScaler a value that is not finite is fatal at once, with one after 20 steps in a row."""
+        self._overflows_in_a_row = self._overflows_in_a_row + 1 if overflow else 0
+        if self._overflows_in_a_row < (1 if self.grad_scaler is None else MAX_OVERFLOWS_IN_A_ROW):
+            return
+        bad = [k for k, v in named.items() if not math.isfinite(v)] or ["a value on another process"]
+        failed = os.path.join(self.output_folder, "checkpoint_failed.pth")
+        self.save_checkpoint(failed)
+        raise TrainingFailed(
+            f"{', '.join(bad)} not finite in epoch {self.current_epoch}, step {self._steps_in_epoch}; labelled cases "
+            f"{', '.join(map(str, batch['keys']))}; unlabelled cases {', '.join(map(str, batch['unlabelled']['keys']))}. "
+            f"State written to {failed}; checkpoint_latest.pth is as it was."
+        )
+
+    def _autocast(self):
+        """As nnU-Net: only on CUDA."""
+        return autocast(self.device.type) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def on_epoch_end(self):
+        if self.local_rank == 0:
+            row = self.training_log.end_epoch(self.current_epoch, progress=self.progress)
+            self.training_log.write_csv(Path(self.output_folder, "semisup_log.csv"))
+            self.training_log.draw(Path(self.output_folder, "semisup_progress.png"))
+            for external in self.logger.loggers:
+                for key, value in row.items():
+                    external.log(f"semisup/{key}", value, self.current_epoch)
+            self.print_to_log_file("semisup", {k: float(f"{v:.4g}") for k, v in row.items() if k != "epoch"})
+        # nnU-Net saves checkpoint_latest every save_every epochs; ours counts minutes.
+        due = time() - self._last_save >= 60 * self.settings.save_every_minutes
+        self.save_every = 1 if due else sys.maxsize
+        super().on_epoch_end()
+        if due:
+            self._last_save = time()
+
+    def _end_workers(self) -> None:
+        for augmenter in (self.dataloader_train, self.dataloader_val):
+            if isinstance(augmenter, NonDetMultiThreadedAugmenter):
+                augmenter._finish()
+
+    # ------------------------------------------------------------------------------------------------------ validation
+
+    def _use_inference_weights(self) -> None:
+        """Put the weights that prediction will use into the network; undone by :meth:`_use_training_weights`."""
+        inference = self.method.inference_network(self.bare_network)
+        if inference is not self.bare_network and self._student_weights is None:
+            self._student_weights = {k: v.clone() for k, v in self.bare_network.state_dict().items()}
+            self.bare_network.load_state_dict(inference.state_dict())
+
+    def _use_training_weights(self) -> None:
+        if self._student_weights is not None:
+            self.bare_network.load_state_dict(self._student_weights)
+            self._student_weights = None
+
+    def on_validation_epoch_start(self):
+        self._use_inference_weights()
+        super().on_validation_epoch_start()
+
+    def validation_step(self, batch: dict) -> dict:
+        result = super().validation_step(batch)
+        if self._stop and not is_distributed():
+            self._save_and_leave()
+        return result
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        super().on_validation_epoch_end(val_outputs)
+        self._use_training_weights()
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        self._use_inference_weights()
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self._use_training_weights()
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return super().save_checkpoint(filename)
+        # nnU-Net builds the dictionary and writes it in one go, so let it write to memory, add our key, write the file.
+        buffer = io.BytesIO()
+        super().save_checkpoint(buffer)
+        buffer.seek(0)
+        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
+        inference = self.method.inference_network(self.bare_network)
+        checkpoint["semisup"] = {
+            "trainer": self.base_name(),
+            "version": __version__,
+            "settings": settings_module.as_json(self.settings),
+            "method": self.method.state_dict(),
+            "log": self.training_log.rows,
+            "training_weights": None if inference is self.bare_network else checkpoint["network_weights"],
+        }
+        checkpoint["network_weights"] = inference.state_dict()
+        temporary = f"{filename}.tmp"
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, filename)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        if not self.was_initialized:
+            self.initialize()
+        ours = self._read_own_part(filename_or_checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
+        self.method.load_state_dict(ours["method"])
+        if ours["training_weights"] is not None:
+            self.bare_network.load_state_dict(ours["training_weights"])
+        self.training_log.rows = list(ours["log"])
+        # A run that was stopped within an epoch repeats it: drop what nnU-Net's log has of it.
+        for values in self.logger.local_logger.get_checkpoint().values():
+            del values[self.current_epoch :]
+        changed = {
+            key: (value, ours["settings"].get(key))
+            for key, value in settings_module.as_json(self.settings).items()
+            if value != ours["settings"].get(key)
+        }
+        for key, (now, before) in changed.items():
+            self.print_to_log_file(f"WARNING: setting {key} is now {now!r}, was {before!r} in {filename_or_checkpoint}")
+        self._resumed = True
+
+    def _read_own_part(self, filename: str) -> dict[str, Any]:
+        """The checkpoint's key "semisup", or an InputError if it is not a checkpoint of this method."""
+        try:
+            checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+            raise InputError(f"{filename} cannot be read ({error}): remove it, or copy it here again") from error
+        trainer = checkpoint.get("semisup", {}).get("trainer", checkpoint.get("trainer_name"))
+        if "semisup" not in checkpoint or trainer != self.base_name():
+            raise InputError(
+                f"{filename} is a checkpoint of {trainer}, {self.base_name()} cannot continue it: start a new run, with "
+                f"-pretrained_weights {filename} if its network is to be the start"
+            )
+        return checkpoint["semisup"]
+
+    def _save_and_leave(self) -> None:
+        """Save so that ``--c`` repeats the interrupted epoch, then exit with 128 + the signal's number."""
+        self._use_training_weights()
+        latest = os.path.join(self.output_folder, "checkpoint_latest.pth")
+        self.current_epoch -= 1  # save_checkpoint writes current_epoch + 1
+        self.save_checkpoint(latest)
+        self.current_epoch += 1
+        self.print_to_log_file(
+            f"Stopped by {self._stop.signal.name} in epoch {self.current_epoch}. Saved {latest}; the same command with "
+            f"--c repeats this epoch and goes on."
+        )
+        sys.exit(self._stop.exit_code)
+
+    def _set_aside_older_checkpoints(self) -> None:
+        """Rename checkpoints of an earlier run: ``--c`` would otherwise finish that one instead of this."""
+        for old in sorted(Path(self.output_folder).glob("checkpoint_*.pth")):
+            new = old.with_name(f"previous_{strftime('%Y%m%d_%H%M%S')}_{old.name}")
+            os.replace(old, new)
+            self.print_to_log_file(f"An earlier run left {old.name} here: renamed to {new.name}")
+
+    def _write_settings(self) -> None:
+        content = {"trainer": self.base_name(), "version": __version__, **settings_module.as_json(self.settings)}
+        Path(self.output_folder, "semisup_settings.json").write_text(json.dumps(content, indent=2) + "\n")
+        self.print_to_log_file("semisup settings:", content)
+
+
+@contextlib.contextmanager
+def _workers(count: int):
+    """Set nnU-Net's own variable for the number of loader workers for a while."""
+    name = "nnUNet_n_proc_DA"
+    before = os.environ.get(name)
+    os.environ[name] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,88 @@
+"""Mean Teacher: the student agrees with the moving average of itself on noisy unlabelled patches.
+
+Reference: Tarvainen & Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv 1703.01780; the form for
+segmentation (noise, ramp, weights) as in the released code of UA-MT (Yu et al., MICCAI 2019) and SSL4MIS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_semisup.losses.consistency import agreement, mean_squared_difference, probabilities
+from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.perturbations.noise import draw_clipped_noise
+from nnunetv2_semisup.schedules import sigmoid_ramp_up
+from nnunetv2_semisup.settings import SemiSupSettings, setting
+from nnunetv2_semisup.teacher import Teacher
+from nnunetv2_semisup.trainers.base import Group, SemiSupMethod, TaskInfo, nnUNetTrainerSemiSup
+
+
+@dataclass(frozen=True)
+class MeanTeacherSettings(SemiSupSettings):
+    """Defaults are the literature's, converted to nnU-Net's supervised loss."""
+
+    consistency_weight: float = setting(0.2, "0.1 beside (CE + Dice) / 2; doubled because nnU-Net's CE + Dice is not halved")
+    ramp_fraction: float = setting(0.4, "6,000 of 15,000 iterations on LA; 0 switches the ramp off", "share of training")
+    teacher_decay: float = setting(0.99, "UA-MT and SSL4MIS; 0.999 averages over a longer time", "per step")
+    noise_std: float = setting(0.1, "UA-MT", "normalised intensity")
+    noise_limit: float = setting(0.2, "UA-MT", "normalised intensity")
+    inference_weights: Literal["student", "teacher"] = setting("student", "the released scripts test the student")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.consistency_weight >= 0, "consistency_weight", "0 or more")
+        self.require(0 <= self.ramp_fraction <= 1, "ramp_fraction", "in [0, 1]")
+        self.require(0 <= self.teacher_decay < 1, "teacher_decay", "in [0, 1)")
+        self.require(self.noise_std >= 0, "noise_std", "0 or more")
+        self.require(self.noise_limit >= 0, "noise_limit", "0 or more")
+
+
+class MeanTeacher(SemiSupMethod):
+    """Two groups per step: consistency on the unlabelled patches, then the stock supervised loss.
+
+    Deviation: the published student sees labelled and unlabelled patches in one batch. Here they are two passes, equal
+    for networks without batch statistics (nnU-Net's default is InstanceNorm), at half the memory.
+    """
+
+    settings_class = MeanTeacherSettings
+
+    def __init__(self, network: nn.Module, task: TaskInfo, settings: MeanTeacherSettings):
+        super().__init__(network, task, settings)
+        self.teacher = Teacher(network, settings.teacher_decay)
+        self._diagnostics: dict[str, Tensor] = {}
+
+    def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
+        weight = self.settings.consistency_weight * sigmoid_ramp_up(progress, self.settings.ramp_fraction)
+        if weight > 0:
+            yield {"consistency": (weight, self._consistency(network, unlabelled["data"]))}
+        yield self.supervised(network, labelled)
+
+    def _consistency(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Student on clean images against teacher on noisy ones, over the full-resolution probabilities."""
+        with torch.no_grad():
+            noise = draw_clipped_noise(images, self.settings.noise_std, self.settings.noise_limit)
+            target = probabilities(taps.logits(self.teacher.module, images + noise), self.task.has_regions)
+        student = probabilities(taps.logits(network, images), self.task.has_regions)
+        self._diagnostics = {"share_teacher_student_agreement": agreement(student, target, self.task.has_regions)}
+        return mean_squared_difference(student, target)
+
+    def after_step(self, network: nn.Module) -> None:
+        self.teacher.update_parameters(network)
+
+    def reset(self, network: nn.Module) -> None:
+        self.teacher.reset(network)
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        return self._diagnostics
+
+    def inference_network(self, network: nn.Module) -> nn.Module:
+        return self.teacher.module if self.settings.inference_weights == "teacher" else network
+
+
+class nnUNetTrainerMeanTeacher(nnUNetTrainerSemiSup):
+    method_class = MeanTeacher

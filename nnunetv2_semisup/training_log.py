@@ -1,0 +1,76 @@
+"""What a semi-supervised run records beside nnU-Net's own log, which takes a fixed set of keys."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+# Okabe & Ito's colours: distinguishable with the common forms of colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+class TrainingLog:
+    """Means over the steps of each epoch, as one row per epoch; the rows travel in the checkpoint."""
+
+    def __init__(self):
+        self.rows: list[dict[str, float]] = []
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, values: dict[str, float]) -> None:
+        """Record the values of one optimiser step; not every step needs to have every key."""
+        for key, value in values.items():
+            self._sums[key] += value
+            self._counts[key] += 1
+
+    def start_epoch(self) -> None:
+        """Forget steps of an epoch that was not finished."""
+        self._sums.clear()
+        self._counts.clear()
+
+    def end_epoch(self, epoch: int, **extra: float) -> dict[str, float]:
+        """Close the epoch; returns its row."""
+        row = {"epoch": epoch, **extra, **{key: self._sums[key] / self._counts[key] for key in self._sums}}
+        self.rows = [r for r in self.rows if r["epoch"] < epoch] + [row]
+        self.start_epoch()
+        return row
+
+    def write_csv(self, file: Path) -> None:
+        """Write all rows; a key that a row lacks (a term of another stage) is an empty cell."""
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        temporary = file.with_suffix(".csv.tmp")
+        with open(temporary, "w", newline="") as f:
+            writer = csv.DictWriter(f, columns)
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({k: f"{v:.6g}" for k, v in row.items()})
+        os.replace(temporary, file)
+
+    def draw(self, file: Path) -> None:
+        """One panel per kind of value: losses, weights, shares in [0, 1], and the rest."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        panels = {"loss (unweighted)": "loss_", "weight": "weight_", "share": "share_", "gradient norm": "gradient_norm"}
+        panels = {title: keys for title, prefix in panels.items() if (keys := self._columns(prefix))}
+        figure = Figure(figsize=(7, 2.2 * len(panels)), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axis, (title, keys) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+            for i, key in enumerate(keys):
+                x, y = zip(*((row["epoch"], row.get(key, math.nan)) for row in self.rows), strict=True)
+                style = ("-", "--", ":")[i // len(COLOURS) % 3]
+                label = key.split("_", 1)[1].replace("_", " ")
+                axis.plot(x, y, style, color=COLOURS[i % len(COLOURS)], marker=".", label=label)
+            axis.set(ylabel=title, xlabel="epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        temporary = file.with_suffix(".tmp.png")
+        figure.savefig(temporary, dpi=120)
+        os.replace(temporary, file)
+
+    def _columns(self, prefix: str) -> list[str]:
+        return list(dict.fromkeys(key for row in self.rows for key in row if key.startswith(prefix)))
