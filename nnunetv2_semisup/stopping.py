@@ -7,19 +7,31 @@ import threading
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM. A second SIGINT interrupts at once, as without us."""
+    """Remembers the first SIGINT or SIGTERM. A second SIGINT interrupts at once, as without us.
+
+    Attributes:
+        agreed: set by the trainer once every process knows that one of them was asked to stop.
+    """
 
     def __init__(self):
-        self.signal: signal.Signals | None = None
+        self.agreed = False
+        self._signal: signal.Signals | None = None
         self._previous: dict[int, object] = {}
 
-    def __bool__(self) -> bool:
-        return self.signal is not None
+    @property
+    def wanted(self) -> bool:
+        """This process was asked to stop."""
+        return self._signal is not None
+
+    @property
+    def name(self) -> str:
+        """What stopped us, for the log."""
+        return self._signal.name if self._signal else "a signal to another process"
 
     @property
     def exit_code(self) -> int:
         """128 + the signal's number, as shells report it."""
-        return 128 + self.signal
+        return 128 + (self._signal or signal.SIGTERM)
 
     def listen(self) -> None:
         """Install the handlers; without effect outside the main thread, where Python allows none."""
@@ -34,8 +46,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self.wanted and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self._signal = signal.Signals(number)
         # The step in flight may take a while: say at once that the wish was heard.
-        print(f"\n{self.signal.name} received: finishing the step, then saving ...", flush=True)
+        print(f"\n{self._signal.name} received: finishing the step, then saving ...", flush=True)

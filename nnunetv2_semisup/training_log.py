@@ -54,11 +54,18 @@ class TrainingLog:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        panels = {"loss (unweighted)": "loss_", "weight": "weight_", "share": "share_", "gradient norm": "gradient_norm"}
+        panels = {
+            "loss (unweighted)": "loss_",
+            "weight": "weight_",
+            "share": "share_",
+            "gradient norm": "gradient_norm",
+        }
         panels = {title: keys for title, prefix in panels.items() if (keys := self._columns(prefix))}
         figure = Figure(figsize=(7, 2.2 * len(panels)), layout="constrained")
         FigureCanvasAgg(figure)
-        for axis, (title, keys) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        for axis, (title, keys) in zip(
+            figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+        ):
             for i, key in enumerate(keys):
                 x, y = zip(*((row["epoch"], row.get(key, math.nan)) for row in self.rows), strict=True)
                 style = ("-", "--", ":")[i // len(COLOURS) % 3]

@@ -14,7 +14,7 @@ import math
 import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import strftime, time
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import Tensor, autocast, nn
@@ -52,7 +53,7 @@ class TaskInfo:
     """What a method may know about the task. It never sees paths, the optimiser, processes or mixed precision.
 
     Attributes:
-        supervised_loss: nnU-Net's loss, called with (logits, target), each a list under deep supervision.
+        supervised_loss: nnU-Net's loss as a function of (logits, target), each a list under deep supervision.
         num_heads: output channels; with softmax they include the background.
         has_regions: True for region-based (sigmoid) training.
         ignore_label: value in the labelled target that carries no label, or None. Predictions never contain it.
@@ -60,7 +61,7 @@ class TaskInfo:
         spacing_mm: voxel size per axis of the patch.
     """
 
-    supervised_loss: nn.Module
+    supervised_loss: Callable[[Any, Any], Tensor]
     num_heads: int
     has_regions: bool
     ignore_label: int | None
@@ -80,10 +81,8 @@ class SemiSupMethod(nn.Module):
     def __init__(self, network: nn.Module, task: TaskInfo, settings: SemiSupSettings):
         """Build what is needed beside ``network``, which may be looked at and copied but not kept."""
         super().__init__()
-        self.task = dataclasses.replace(task, supervised_loss=None)
+        self.task = task
         self.settings = settings
-        # In a tuple so that it is not a submodule: the loss belongs to the trainer.
-        self._supervised_loss = (task.supervised_loss,)
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         """Yield groups of terms ``{name: (weight, value)}``; the groups share no graph.
@@ -102,7 +101,7 @@ class SemiSupMethod(nn.Module):
     def supervised(self, network: nn.Module, labelled: dict) -> Group:
         """The stock step's loss as a group of its own; most methods yield it last."""
         output, _ = taps.decode(network, taps.encode(network, labelled["data"]))
-        return {"supervised": (1.0, self._supervised_loss[0](output, labelled["target"]))}
+        return {"supervised": (1.0, self.task.supervised_loss(output, labelled["target"]))}
 
     def after_step(self, network: nn.Module) -> None:  # noqa: B027
         """Update teacher or banks after the optimiser's step; skipped when the step was."""
@@ -190,7 +189,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             taps.compile_taps(self.bare_network)
             self.bare_network.compile()
         task = TaskInfo(
-            supervised_loss=self.loss,
+            supervised_loss=lambda output, target: self.loss(output, target),
             num_heads=self.label_manager.num_segmentation_heads,
             has_regions=self.label_manager.has_regions,
             ignore_label=self.label_manager.ignore_label,
@@ -248,8 +247,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
                     f"would outlast the time-out of several GPUs. Run first: nnUNetv2_semisup_preprocess "
                     f"-d {arguments[0]} -p {arguments[1]} -c {arguments[2]}"
                 )
-        processes = int(os.environ.get("nnUNet_def_n_proc", 8))
-        available = preprocess.preprocess_unlabeled(*arguments, processes, log=self.print_to_log_file)
+        available = preprocess.preprocess_unlabeled(*arguments, default_num_processes, log=self.print_to_log_file)
         cases = splits.unlabeled_of_fold(Path(self.preprocessed_dataset_folder_base), self.fold, available)
         self.print_to_log_file(f"{len(cases)} unlabelled cases serve fold {self.fold}.")
         return cases
@@ -316,13 +314,13 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             super().run_training()
         except RuntimeError:
             # Ctrl-C reaches the workers too; nnU-Net then reports them as dead.
-            if not self._stop:
+            if not self._stop.wanted:
                 raise
             self._save_and_leave()
         finally:
             self._stop.stop_listening()
             self._end_workers()
-        if self._stop:
+        if self._stop.wanted:
             sys.exit(self._stop.exit_code)
 
     def on_train_start(self):
@@ -370,7 +368,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self._steps_in_epoch += 1
         total = sum(weights[name] * finite[f"loss_{name}"] for name in weights)
         self.training_log.add({**finite, "loss_total": total, **{f"weight_{n}": w for n, w in weights.items()}})
-        if self._stop:
+        if self._stop.agreed:
             self._save_and_leave()
         # nnU-Net plots this beside the validation loss, so it is the supervised term where there is one.
         return {"loss": np.float32(finite.get("loss_supervised", total))}
@@ -378,7 +376,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def _finish_step(self, network: nn.Module, values: dict[str, Tensor], batch: dict) -> dict[str, float]:
         """Synchronise, clip, check, step. Returns the step's scalars by column name of the log."""
         parameters = [*network.parameters(), *self.method_parameters]
-        flags = torch.tensor([float(bool(self._stop))], device=self.device)
+        flags = torch.tensor([float(self._stop.wanted)], device=self.device)
         flags = torch.cat([flags, torch.stack([~torch.isfinite(v) for v in values.values()]).any()[None].float()])
         flags = average_gradients(parameters, flags)
         if self.grad_scaler is not None:
@@ -393,8 +391,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         *numbers, stop, not_finite = numbers
         named = dict(zip(scalars, numbers, strict=True))
         overflow = bool(not_finite) or not math.isfinite(named["gradient_norm"])
-        if stop and not self._stop:
-            self._stop.request()
+        self._stop.agreed = bool(stop)
         self._handle_overflow(overflow, named, batch)
 
         if self.grad_scaler is None:
@@ -466,7 +463,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         result = super().validation_step(batch)
-        if self._stop and not is_distributed():
+        if self._stop.wanted and not is_distributed():
             self._save_and_leave()
         return result
 
@@ -548,7 +545,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self.save_checkpoint(latest)
         self.current_epoch += 1
         self.print_to_log_file(
-            f"Stopped by {self._stop.signal.name} in epoch {self.current_epoch}. Saved {latest}; the same command with "
+            f"Stopped by {self._stop.name} in epoch {self.current_epoch}. Saved {latest}; the same command with "
             f"--c repeats this epoch and goes on."
         )
         sys.exit(self._stop.exit_code)

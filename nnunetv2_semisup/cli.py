@@ -1,0 +1,142 @@
+"""The console scripts: arguments only. Wrong input is answered with one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+
+from nnunetv2_semisup.errors import InputError
+
+
+def command(function):
+    """Turn an InputError into one line on stderr and exit code 2."""
+
+    @functools.wraps(function)
+    def run(arguments: list[str] | None = None) -> int:
+        try:
+            return function(arguments) or 0
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run
+
+
+@command
+def trainers(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_trainers",
+        description="Print the folder that nnU-Net has to know: "
+        "export nnUNet_extTrainer=$(nnUNetv2_semisup_trainers). Only needed where Python's start-up lines do not run "
+        "(pip install --target, locked-down sites).",
+    )
+    parser.add_argument("--check", action="store_true", help="resolve every trainer through nnU-Net's own finder")
+    args = parser.parse_args(arguments)
+    from nnunetv2_semisup import discovery
+
+    if not args.check:
+        print(discovery.ext_trainers_folder())
+        return
+    for name, file in discovery.check().items():
+        print(f"{name}  {file}")
+
+
+@command
+def plans(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_plans",
+        description="Derive a plans file: settings of a semi-supervised trainer, or a preset. "
+        "Then: nnUNetv2_preprocess -d ID -plans_name NAME -c CONFIGURATION (preset only), nnUNetv2_train ... -p NAME.",
+    )
+    _dataset_argument(parser)
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from (default: %(default)s)")
+    parser.add_argument("-o", required=True, metavar="NAME", help="name of the new plans")
+    parser.add_argument("--preset", choices=["cpu"], help="cpu: coarse spacing and a small network, for 2 cores")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TRAINER.KEY=VALUE",
+        help="a setting, e.g. nnUNetTrainerMeanTeacher.teacher_decay=0.999; repeatable",
+    )
+    args = parser.parse_args(arguments)
+    from nnunetv2_semisup import plans as plans_module
+
+    file = plans_module.derive(_preprocessed_folder(args.d), args.p, args.o, args.preset, args.set)
+    print(f"Wrote {file}")
+    if args.preset:
+        print(f"Next: nnUNetv2_preprocess -d {args.d} -plans_name {args.o} -c 3d_fullres (or 2d)")
+
+
+@command
+def preprocess(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_preprocess",
+        description="Preprocess the images of imagesUn with plans made from the labelled cases. Only what is missing or "
+        "stale is done. Training does this by itself on one GPU; with several GPUs run it first.",
+    )
+    _dataset_argument(parser)
+    parser.add_argument("-c", nargs="+", default=["3d_fullres"], metavar="CONFIGURATION", help="default: 3d_fullres")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans (default: %(default)s)")
+    parser.add_argument("-np", type=int, default=None, metavar="N", help="processes (default: nnUNet_def_n_proc or 8)")
+    args = parser.parse_args(arguments)
+    if args.np is not None and args.np < 1:
+        raise InputError(f"-np {args.np}: at least one process is needed")
+    folder = _preprocessed_folder(args.d)
+    from nnunetv2.configuration import default_num_processes
+
+    from nnunetv2_semisup.data import preprocess as preprocess_module
+
+    for configuration in args.c:
+        cases = preprocess_module.preprocess_unlabeled(
+            folder.name, args.p, configuration, args.np or default_num_processes
+        )
+        print(f"{configuration}: {len(cases)} unlabelled cases are ready")
+
+
+@command
+def demo(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_demo",
+        description="The whole way on data it makes itself: plan, preprocess, train stock nnU-Net and one of our "
+        "trainers, predict, compare. About 8 minutes on 2 CPU cores; uses a GPU when there is one.",
+    )
+    parser.add_argument("-o", default="nnunetv2_semisup_demo", metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("-tr", default="nnUNetTrainerMeanTeacher", metavar="TRAINER", help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=None, metavar="N", help="length of both trainings")
+    parser.add_argument("-device", choices=["cuda", "cpu", "mps"], default=None, help="default: a GPU if there is one")
+    args = parser.parse_args(arguments)
+    if args.epochs is not None and args.epochs < 1:
+        raise InputError(f"--epochs {args.epochs}: at least one epoch is needed")
+    from nnunetv2_semisup import demo as demo_module
+
+    demo_module.run(Path(args.o), args.tr, args.epochs, args.device)
+
+
+def _dataset_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name, e.g. 508 or Dataset508_LA")
+
+
+def _preprocessed_folder(dataset: str) -> Path:
+    """The dataset's folder in nnUNet_preprocessed, or an InputError that says what to set or to run."""
+    root = os.environ.get("nnUNet_preprocessed")
+    if not root:
+        raise InputError(
+            "nnUNet_preprocessed is not set: export nnUNet_preprocessed=FOLDER (see nnU-Net's setting_up_paths)"
+        )
+    name = f"Dataset{int(dataset):03d}_" if dataset.isdigit() else dataset
+    exact = not dataset.isdigit()
+    found = [f for f in sorted(Path(root).glob("Dataset*")) if (f.name == name if exact else f.name.startswith(name))]
+    if len(found) != 1:
+        what = "no dataset" if not found else f"{len(found)} datasets ({', '.join(f.name for f in found)})"
+        raise InputError(
+            f"{what} for -d {dataset} in {root}: "
+            + ("run nnUNetv2_plan_and_preprocess -d first" if not found else "give the full name")
+        )
+    return found[0]
