@@ -78,8 +78,8 @@ def plans(arguments: list[str] | None = None) -> None:
 def preprocess(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_preprocess",
-        description="Preprocess the images of imagesUn with plans made from the labelled cases. Only what is missing or "
-        "stale is done. Training does this by itself on one GPU; with several GPUs run it first.",
+        description="Preprocess the images of imagesUn with plans made from the labelled cases. Only what is missing "
+        "or stale is done. Training does this by itself on one GPU; with several GPUs run it first.",
     )
     _dataset_argument(parser)
     parser.add_argument("-c", nargs="+", default=["3d_fullres"], metavar="CONFIGURATION", help="default: 3d_fullres")
@@ -125,11 +125,9 @@ def _dataset_argument(parser: argparse.ArgumentParser) -> None:
 
 def _preprocessed_folder(dataset: str) -> Path:
     """The dataset's folder in nnUNet_preprocessed, or an InputError that says what to set or to run."""
-    root = os.environ.get("nnUNet_preprocessed")
+    root = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - nnU-Net's name
     if not root:
-        raise InputError(
-            "nnUNet_preprocessed is not set: export nnUNet_preprocessed=FOLDER (see nnU-Net's setting_up_paths)"
-        )
+        raise InputError("nnUNet_preprocessed is not set: export nnUNet_preprocessed=FOLDER, as nnU-Net needs it too")
     name = f"Dataset{int(dataset):03d}_" if dataset.isdigit() else dataset
     exact = not dataset.isdigit()
     found = [f for f in sorted(Path(root).glob("Dataset*")) if (f.name == name if exact else f.name.startswith(name))]

@@ -1,8 +1,8 @@
 """How stock nnU-Net finds our trainers, and how to check that it does.
 
 nnU-Net looks for trainers in its own package and then in the folders named by the environment variable
-``nnUNet_extTrainer``. The start-up line ``nnunetv2_semisup.pth`` in site-packages calls :func:`register` in every Python
-process of the environment, so this module must stay cheap: nothing but the standard library at the top.
+``nnUNet_extTrainer``. The start-up line ``nnunetv2_semisup.pth`` in site-packages calls :func:`register` in every
+Python process of the environment, so this module must stay cheap: nothing but the standard library at the top.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Schedules as pure functions of ``progress``, the share of optimiser steps done, in [0, 1].
 
-A function of the share, not of the step, so that a run of ``_20epochs`` passes through the same schedule as one of 1000.
+A function of the share, not of the step, so that a run of ``_20epochs`` passes through the same schedule as 1000.
 """
 
 import math

@@ -73,7 +73,7 @@ def resolve(settings_class: type[SemiSupSettings], overrides: dict, where: str) 
 
 
 def parse_value(text: str):
-    """Read a value typed on the command line: JSON where it is JSON, else the text itself (``0.9``, ``true``, ``abc``)."""
+    """Read a value typed on the command line: JSON where it is JSON (``0.9``, ``true``), else the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -63,9 +63,8 @@ class TrainingLog:
         panels = {title: keys for title, prefix in panels.items() if (keys := self._columns(prefix))}
         figure = Figure(figsize=(7, 2.2 * len(panels)), layout="constrained")
         FigureCanvasAgg(figure)
-        for axis, (title, keys) in zip(
-            figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
-        ):
+        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axis, (title, keys) in zip(axes, panels.items(), strict=True):
             for i, key in enumerate(keys):
                 x, y = zip(*((row["epoch"], row.get(key, math.nan)) for row in self.rows), strict=True)
                 style = ("-", "--", ":")[i // len(COLOURS) % 3]

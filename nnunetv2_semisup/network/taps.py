@@ -1,7 +1,7 @@
 """The planned network in two halves, so that a method can work on what lies between them.
 
-The only place that walks through nnU-Net's decoder. ``decode(network, encode(network, x))[0]`` equals ``network(x)`` for
-PlainConvUNet and ResidualEncoderUNet, with and without deep supervision.
+The only place that walks through nnU-Net's decoder. ``decode(network, encode(network, x))[0]`` equals ``network(x)``
+for PlainConvUNet and ResidualEncoderUNet, with and without deep supervision.
 """
 
 from functools import cache
@@ -44,7 +44,7 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def compile_taps(network: nn.Module) -> None:
-    """Let ``encode`` and ``decode`` run compiled for this network and for later copies of it; its keys do not change."""
+    """Let ``encode`` and ``decode`` run compiled for this network and later copies of it; its keys do not change."""
     network.semisup_compiled_taps = True
 
 

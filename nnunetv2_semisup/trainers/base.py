@@ -92,7 +92,7 @@ class SemiSupMethod(nn.Module):
 
         Args:
             network: the planned network, in training mode.
-            labelled: ``data`` (B, C, X, Y, Z) float32; ``target`` as the supervised loss takes it; ``keys`` list of str.
+            labelled: ``data`` (B, C, X, Y, Z) float32; ``target`` as the supervised loss takes it; ``keys``: ids.
             unlabelled: ``data`` (U, C, X, Y, Z) float32, spatially augmented only; ``keys``. There is no target.
             progress: share of optimiser steps done, in [0, 1).
         """
@@ -103,11 +103,11 @@ class SemiSupMethod(nn.Module):
         output, _ = taps.decode(network, taps.encode(network, labelled["data"]))
         return {"supervised": (1.0, self.task.supervised_loss(output, labelled["target"]))}
 
-    def after_step(self, network: nn.Module) -> None:  # noqa: B027
+    def after_step(self, network: nn.Module) -> None:
         """Update teacher or banks after the optimiser's step; skipped when the step was."""
 
-    def reset(self, network: nn.Module) -> None:  # noqa: B027
-        """Called once before the first step of a fresh run, when ``network`` has its final start (pre-trained) weights."""
+    def reset(self, network: nn.Module) -> None:
+        """Called once before the first step of a fresh run, when ``network`` has its start weights (pre-trained ones)."""
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Scalars of the last step for the log, no gradient; name shares in [0, 1] ``share_<what>``."""
@@ -414,7 +414,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self.save_checkpoint(failed)
         raise TrainingFailed(
             f"{', '.join(bad)} not finite in epoch {self.current_epoch}, step {self._steps_in_epoch}; labelled cases "
-            f"{', '.join(map(str, batch['keys']))}; unlabelled cases {', '.join(map(str, batch['unlabelled']['keys']))}. "
+            f"{', '.join(map(str, batch['keys']))}; "
+            f"unlabelled cases {', '.join(map(str, batch['unlabelled']['keys']))}. "
             f"State written to {failed}; checkpoint_latest.pth is as it was."
         )
 
@@ -532,8 +533,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         trainer = checkpoint.get("semisup", {}).get("trainer", checkpoint.get("trainer_name"))
         if "semisup" not in checkpoint or trainer != self.base_name():
             raise InputError(
-                f"{filename} is a checkpoint of {trainer}, {self.base_name()} cannot continue it: start a new run, with "
-                f"-pretrained_weights {filename} if its network is to be the start"
+                f"{filename} is a checkpoint of {trainer}, {self.base_name()} cannot continue it: start a new run, "
+                f"with -pretrained_weights {filename} if its network is to be the start"
             )
         return checkpoint["semisup"]
 

@@ -26,12 +26,8 @@ from nnunetv2_semisup.trainers.base import Group, SemiSupMethod, TaskInfo, nnUNe
 class MeanTeacherSettings(SemiSupSettings):
     """Defaults are the literature's, converted to nnU-Net's supervised loss."""
 
-    consistency_weight: float = setting(
-        0.2, "0.1 beside (CE + Dice) / 2; doubled because nnU-Net's CE + Dice is not halved"
-    )
-    ramp_fraction: float = setting(
-        0.4, "6,000 of 15,000 iterations on LA; 0 switches the ramp off", "share of training"
-    )
+    consistency_weight: float = setting(0.2, "0.1 beside (CE + Dice) / 2; doubled: nnU-Net's CE + Dice is not halved")
+    ramp_fraction: float = setting(0.4, "6,000 of 15,000 iterations on LA; 0 = no ramp", "share of training")
     teacher_decay: float = setting(0.99, "UA-MT and SSL4MIS; 0.999 averages over a longer time", "per step")
     noise_std: float = setting(0.1, "UA-MT", "normalised intensity")
     noise_limit: float = setting(0.2, "UA-MT", "normalised intensity")
