@@ -125,7 +125,7 @@ def _dataset_argument(parser: argparse.ArgumentParser) -> None:
 
 def _preprocessed_folder(dataset: str) -> Path:
     """The dataset's folder in nnUNet_preprocessed, or an InputError that says what to set or to run."""
-    root = os.environ.get("nnUNet_preprocessed")  # noqa: SIM112 - nnU-Net's name
+    root = os.environ.get("nnUNet_preprocessed")
     if not root:
         raise InputError("nnUNet_preprocessed is not set: export nnUNet_preprocessed=FOLDER, as nnU-Net needs it too")
     name = f"Dataset{int(dataset):03d}_" if dataset.isdigit() else dataset

@@ -28,9 +28,9 @@ def make_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     body = _blob(random, grid, centre=(0, 0, 0), radii=(0.95, 0.85, 0.9), roughness=0.06)
     side = random.choice((-1, 1))
-    organ_centre = (0, 0.05, 0.38 * side) + random.uniform(-0.1, 0.1, 3)
+    organ_centre = np.array((0, 0.05, 0.38 * side)) + random.uniform(-0.1, 0.1, 3)
     organ = _blob(random, grid, organ_centre, random.uniform(0.28, 0.42, 3), roughness=0.25) & body
-    like_centre = (0, 0.05, -0.4 * side) + random.uniform(-0.12, 0.12, 3)
+    like_centre = np.array((0, 0.05, -0.4 * side)) + random.uniform(-0.12, 0.12, 3)
     look_alike = _blob(random, grid, like_centre, random.uniform(0.24, 0.38, 3), roughness=0.25) & body & ~organ
     spots = ndimage.gaussian_filter(random.standard_normal(SHAPE), 3)
     spots = organ & (spots > 0.8 * spots.std())
@@ -49,7 +49,7 @@ def make_case(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blob(random, grid: np.ndarray, centre, radii, roughness: float) -> np.ndarray:
-    """An ellipsoid, turned in the axial plane, whose surface is bent by a smooth random field; the largest piece of it."""
+    """An ellipsoid, turned in the axial plane, whose surface a smooth random field bends; its largest piece."""
     z, y, x = grid - np.reshape(centre, (3, 1, 1, 1))
     angle = random.uniform(-0.5, 0.5)
     turned = (z, np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x)

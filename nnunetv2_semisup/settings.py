@@ -37,7 +37,8 @@ class SemiSupSettings:
         self.require(self.num_epochs >= 1, "num_epochs", "at least 1")
         self.require(self.num_iterations_per_epoch >= 1, "num_iterations_per_epoch", "at least 1")
         self.require(self.num_val_iterations_per_epoch >= 1, "num_val_iterations_per_epoch", "at least 1")
-        self.require((self.unlabeled_batch_size or 1) >= 1, "unlabeled_batch_size", "at least 1")
+        if self.unlabeled_batch_size is not None:
+            self.require(self.unlabeled_batch_size >= 1, "unlabeled_batch_size", "at least 1 or null")
         self.require(self.save_every_minutes >= 0, "save_every_minutes", "0 or more")
 
     def require(self, condition: bool, key: str, range_: str) -> None:

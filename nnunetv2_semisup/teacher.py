@@ -35,6 +35,7 @@ class Teacher(AveragedModel):
 
     def _apply(self, fn, recurse: bool = True):
         # The counter stays on the CPU: AveragedModel reads it at every update, which would stall a GPU.
+        counter = self.n_averaged
         super()._apply(fn, recurse)
-        self.n_averaged = self.n_averaged.cpu()
+        self.n_averaged = counter
         return self

@@ -61,7 +61,7 @@ class TrainingLog:
             "gradient norm": "gradient_norm",
         }
         panels = {title: keys for title, prefix in panels.items() if (keys := self._columns(prefix))}
-        figure = Figure(figsize=(7, 2.2 * len(panels)), layout="constrained")
+        figure = Figure(figsize=(8, 2.8 * len(panels)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         for axis, (title, keys) in zip(axes, panels.items(), strict=True):
@@ -73,7 +73,7 @@ class TrainingLog:
             axis.set(ylabel=title, xlabel="epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+            axis.legend(fontsize="small")
         temporary = file.with_suffix(".tmp.png")
         figure.savefig(temporary, dpi=120)
         os.replace(temporary, file)

@@ -130,7 +130,9 @@ class TinyDataset:
         folders = {"nnUNet_raw": self.root / "raw", "nnUNet_preprocessed": self.root / "preprocessed"}
         return {key: str(value) for key, value in {**folders, "nnUNet_results": results}.items()}
 
-    def trainer(self, name: str, configuration: str = "3d_fullres", *, fold="all", resume=False, plans=None, **settings):
+    def trainer(
+        self, name: str, configuration: str = "3d_fullres", *, fold="all", resume=False, plans=None, **settings
+    ):
         """A trainer on the CPU; keyword arguments are settings of its method."""
         trainer_class = getattr(trainers, name)
         plans = copy.deepcopy(plans or self.plans)

@@ -16,7 +16,7 @@ for _info in pkgutil.iter_modules(__path__):
     _module = importlib.import_module(f"{__name__}.{_info.name}")
     for _name, _class in inspect.getmembers(_module, inspect.isclass):
         if _class.__module__ == _module.__name__ and getattr(_class, "method_class", None) is not None:
-            TRAINERS[_name] = _class
+            TRAINERS[_name] = globals()[_name] = _class
 
 
 def split_epochs(name: str) -> tuple[str, int | None]:

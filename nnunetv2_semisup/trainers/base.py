@@ -34,7 +34,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from nnunetv2_semisup import __version__
 from nnunetv2_semisup import settings as settings_module
-from nnunetv2_semisup.data import loader, preprocess, splits
+from nnunetv2_semisup.data import folders, loader, preprocess, splits
 from nnunetv2_semisup.distributed import average_gradients, broadcast_state, is_distributed
 from nnunetv2_semisup.errors import InputError, TrainingFailed
 from nnunetv2_semisup.network import taps
@@ -77,6 +77,8 @@ class SemiSupMethod(nn.Module):
     """
 
     settings_class: ClassVar[type[SemiSupSettings]] = SemiSupSettings
+    #: Settings that, all at zero, leave exactly nnU-Net's own step.
+    unsupervised_weights: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: SemiSupSettings):
         """Build what is needed beside ``network``, which may be looked at and copied but not kept."""
@@ -107,7 +109,7 @@ class SemiSupMethod(nn.Module):
         """Update teacher or banks after the optimiser's step; skipped when the step was."""
 
     def reset(self, network: nn.Module) -> None:
-        """Called once before the first step of a fresh run, when ``network`` has its start weights (pre-trained ones)."""
+        """Called once before a fresh run's first step, when ``network`` has its start (maybe pre-trained) weights."""
 
     def diagnostics(self) -> dict[str, Tensor]:
         """Scalars of the last step for the log, no gradient; name shares in [0, 1] ``share_<what>``."""
@@ -258,7 +260,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         dims = slice(1, None) if train.patch_size_was_2d else slice(None)
         unlabeled = loader.UnlabeledDataLoader(
             loader.UnlabeledDataset(
-                preprocess.unlabeled_folder(
+                folders.unlabeled_folder(
                     self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier
                 ),
                 self.unlabeled_cases,
@@ -364,17 +366,19 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             for name, (weight, value) in group.items():
                 weights[name], values[name] = weight, value.detach()
 
-        finite = self._finish_step(network, values, batch)
+        scalars, overflow = self._finish_step(network, values, batch)
         self._steps_in_epoch += 1
-        total = sum(weights[name] * finite[f"loss_{name}"] for name in weights)
-        self.training_log.add({**finite, "loss_total": total, **{f"weight_{n}": w for n, w in weights.items()}})
+        total = sum(weight * scalars[f"loss_{name}"] for name, weight in weights.items())
+        # An overflow is counted; its infinities would spoil the epoch's means.
+        step = {} if overflow else {**scalars, "loss_total": total, **{f"weight_{n}": w for n, w in weights.items()}}
+        self.training_log.add({**step, "overflows": float(overflow)})
         if self._stop.agreed:
             self._save_and_leave()
         # nnU-Net plots this beside the validation loss, so it is the supervised term where there is one.
-        return {"loss": np.float32(finite.get("loss_supervised", total))}
+        return {"loss": np.float32(scalars.get("loss_supervised", total))}
 
-    def _finish_step(self, network: nn.Module, values: dict[str, Tensor], batch: dict) -> dict[str, float]:
-        """Synchronise, clip, check, step. Returns the step's scalars by column name of the log."""
+    def _finish_step(self, network: nn.Module, values: dict[str, Tensor], batch: dict) -> tuple[dict[str, float], bool]:
+        """Synchronise, clip, check, step. Returns the step's scalars by column of the log, and if it overflowed."""
         parameters = [*network.parameters(), *self.method_parameters]
         flags = torch.tensor([float(self._stop.wanted)], device=self.device)
         flags = torch.cat([flags, torch.stack([~torch.isfinite(v) for v in values.values()]).any()[None].float()])
@@ -401,8 +405,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self.grad_scaler.update()
         if not overflow:
             self.method.after_step(network)
-        # An overflow is counted, but its infinities would spoil the epoch's means.
-        return {"overflows": float(overflow), **{k: v for k, v in named.items() if math.isfinite(v) or not overflow}}
+        return named, overflow
 
     def _handle_overflow(self, overflow: bool, named: dict[str, float], batch: dict) -> None:
         """Without a GradScaler a value that is not finite is fatal at once, with one after 20 steps in a row."""
@@ -559,6 +562,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self.print_to_log_file(f"An earlier run left {old.name} here: renamed to {new.name}")
 
     def _write_settings(self) -> None:
+        weights = self.method.unsupervised_weights
+        if not any(getattr(self.settings, name) for name in weights):
+            self.print_to_log_file(f"WARNING: {', '.join(weights)} = 0: this run is supervised nnU-Net")
         content = {"trainer": self.base_name(), "version": __version__, **settings_module.as_json(self.settings)}
         Path(self.output_folder, "semisup_settings.json").write_text(json.dumps(content, indent=2) + "\n")
         self.print_to_log_file("semisup settings:", content)

@@ -50,6 +50,7 @@ class MeanTeacher(SemiSupMethod):
     """
 
     settings_class = MeanTeacherSettings
+    unsupervised_weights = ("consistency_weight",)
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: MeanTeacherSettings):
         super().__init__(network, task, settings)

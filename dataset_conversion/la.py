@@ -1,0 +1,437 @@
+"""Left atrium MRI (2018 Atrial Segmentation Challenge) as a dataset with labelled and unlabelled images.
+
+    python dataset_conversion/la.py --source "data/2018LA_Seg_Training Set" -d 508 --labeled 8
+
+Two forms of the same 100 scans can be read; which one it is, is found out:
+
+  h5    <ID>/mri_norm2.h5 with `image` (float32) and `label` (uint8; 1 = left atrium), axis order (x, y, z): the files
+        published with UA-MT, which the semi-supervised literature uses. Each scan was standardised and then cropped in
+        x and y around its label, test cases too, so results are not comparable with results on whole scans.
+  nrrd  <ID>/lgemri.nrrd and <ID>/laendo.nrrd (255 = left atrium): the challenge's training set, whole scans, with the
+        geometry of the headers.
+
+80 cases are for training and 20 for testing, as listed in splits/la_train.txt and splits/la_test.txt. --labeled N takes
+the first N training cases as labelled ones, as the literature does (4, 8 and 16 are usual, 80 is the upper bound). The
+labels of the other training cases are neither read nor written. One number of labelled cases = one dataset ID.
+
+Writes $nnUNet_raw/DatasetXXX_LA with
+  imagesTr labelsTr    labelled cases
+  imagesUn             unlabelled cases
+  imagesTs labelsTs    test cases, never to be used for a choice
+  dataset.json splits_final.json
+
+Spacing: the h5 files carry none. The challenge states 0.625 mm in all axes, which is assumed. The data itself points to
+about 1.25 mm in z: the mean label is 224157 voxels, 54.7 ml at 0.625 mm but 109.5 ml with 1.25 mm in z, the usual size
+in this disease, and all three axes look interpolated by about the same factor. With either, all cases have the same
+spacing, so nnU-Net does not resample for 2d and 3d_fullres; what changes is the patch it plans and every distance in
+mm. Report distances in voxels, as the literature does, or say which spacing was assumed.
+
+Orientation of the h5 form: axis 0 runs from the patient's right to left, axis 1 from anterior to posterior, axis 2 from
+inferior to superior (judged by the anatomy), which is the identity direction of NIfTI as SimpleITK writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+if not __package__:  # run as a file: the repository root is not on the path then
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset_conversion.common import (
+    FILE_ENDING,
+    check_image,
+    check_label,
+    choose_labelled,
+    new_dataset_path,
+    range_text,
+    read_list,
+    run_jobs,
+    table_text,
+    whole_folder,
+    write_dataset_json,
+    write_image,
+    write_splits,
+)
+from nnunetv2_semisup.errors import InputError
+
+LISTS = Path(__file__).resolve().parent / "splits"
+LABELS = {"background": 0, "left atrium": 1}
+STATED_SPACING = (0.625, 0.625, 0.625)  # mm, challenge description
+FILES = {"h5": ("mri_norm2.h5", "mri_norm2.h5"), "nrrd": ("lgemri.nrrd", "laendo.nrrd")}  # image, label
+FOREGROUND = {"h5": 1, "nrrd": 255}
+DESCRIPTION = {
+    "name": "LA",
+    "description": "Left atrium in late gadolinium-enhanced MRI, 2018 Atrial Segmentation Challenge (MICCAI 2018)",
+    "reference": "https://www.cardiacatlas.org/atriaseg2018-challenge",
+    "licence": "The challenge sets the terms: see the reference. For research only; do not pass the images on.",
+    "citation": [
+        "Xiong et al., A Global Benchmark of Algorithms for Segmenting Late Gadolinium-Enhanced Cardiac Magnetic "
+        "Resonance Imaging, Medical Image Analysis, 2020",
+        "Yu et al., Uncertainty-aware Self-ensembling Model for Semi-supervised 3D Left Atrium Segmentation, MICCAI "
+        "2019 (split, h5 files)",
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case to convert.
+
+    Attributes:
+        form: "h5" or "nrrd".
+        folder: the case's source folder.
+        image_target: file to write.
+        label_target: file to write, or None: then the label is not touched.
+        spacing: x, y, z in mm for the h5 form; None for the nrrd form, whose headers have it.
+    """
+
+    form: str
+    folder: Path
+    image_target: Path
+    label_target: Path | None
+    spacing: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class Cases:
+    """IDs of the cases by their role; ``missing_test`` are listed but not there."""
+
+    labelled: list[str]
+    unlabelled: list[str]
+    test: list[str]
+    missing_test: list[str]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def find_form(source: Path) -> str:
+    """Return "h5" or "nrrd", by the files in the case folders of ``source``."""
+    if not source.is_dir():
+        raise InputError(f"--source {source} is no folder")
+    found = [form for form, (image, _) in FILES.items() if next(source.glob(f"*/{image}"), None)]
+    if found == ["h5"] and importlib.util.find_spec("h5py") is None:
+        raise InputError("h5py is needed to read the h5 form; run: pip install h5py")
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(
+            f"--source {source} has both <ID>/mri_norm2.h5 and <ID>/lgemri.nrrd; give a folder with one form"
+        )
+    deeper = [path.parents[1] for image, _ in FILES.values() for path in source.glob(f"*/*/{image}")]
+    hint = f"; did you mean {deeper[0]}?" if deeper else ""
+    raise InputError(f"--source {source} has neither <ID>/mri_norm2.h5 nor <ID>/lgemri.nrrd{hint}")
+
+
+def is_present(source: Path, form: str, case: str, with_label: bool) -> bool:
+    """Whether the files of ``case`` that will be read exist."""
+    image, label = FILES[form]
+    names = (image, label) if with_label else (image,)
+    return all((source / case / name).is_file() for name in names)
+
+
+def array_to_image(array: np.ndarray, spacing: Sequence[float]) -> sitk.Image:
+    """An image with identity direction and origin 0.
+
+    Args:
+        array: (X, Y, Z).
+        spacing: x, y, z in mm.
+    """
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
+    image.SetSpacing(spacing)
+    return image
+
+
+def read_h5_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Read the named datasets of an HDF5 file, and no others."""
+    import h5py  # an extra: whoever converts the nrrd form does not need it
+
+    try:
+        with h5py.File(path) as file:
+            for name in names:
+                if not isinstance(file.get(name), h5py.Dataset):
+                    raise InputError(f"{path}: no dataset {name!r} inside; it must have 'image' and 'label'")
+            return [np.asarray(file[name][()]) for name in names]
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged or incomplete ({_last_line(error)}); copy or download it again") from error
+
+
+def read_h5_case(folder: Path, with_label: bool, spacing: Sequence[float]) -> tuple[sitk.Image, sitk.Image | None]:
+    """Read a case of the h5 form.
+
+    Args:
+        folder: case folder.
+        with_label: False leaves the label dataset unopened.
+        spacing: x, y, z in mm.
+
+    Returns:
+        image (float32) and label (uint8, 0 and 1) or None.
+    """
+    path = folder / FILES["h5"][0]
+    arrays = read_h5_arrays(path, ("image", "label") if with_label else ("image",))
+    check_image(arrays[0], path)
+    image = array_to_image(arrays[0].astype(np.float32, copy=False), spacing)
+    if not with_label:
+        return image, None
+    return image, array_to_image(binary_label(arrays[1], arrays[0].shape, "h5", path), spacing)
+
+
+def read_nrrd(path: Path) -> sitk.Image:
+    """Read an nrrd file."""
+    try:
+        return sitk.ReadImage(str(path), imageIO="NrrdImageIO")
+    except RuntimeError as error:
+        raise InputError(f"{path}: damaged or incomplete ({_last_line(error)}); copy or download it again") from error
+
+
+def read_nrrd_case(folder: Path, with_label: bool) -> tuple[sitk.Image, sitk.Image | None]:
+    """Read a case of the nrrd form.
+
+    Args:
+        folder: case folder.
+        with_label: False leaves the label file unopened.
+
+    Returns:
+        image (type and geometry of the file) and label (uint8, 0 and 1) or None.
+    """
+    image_path, label_path = (folder / name for name in FILES["nrrd"])
+    image = read_nrrd(image_path)
+    array = sitk.GetArrayViewFromImage(image)
+    check_image(array, image_path)
+    if not with_label:
+        return image, None
+    source = read_nrrd(label_path)
+    label = sitk.GetImageFromArray(binary_label(sitk.GetArrayViewFromImage(source), array.shape, "nrrd", label_path))
+    if not same_geometry(image, source):
+        raise InputError(f"{label_path}: its header differs from {image_path.name} in spacing, origin or direction")
+    label.CopyInformation(image)
+    return image, label
+
+
+def binary_label(array: np.ndarray, shape: tuple[int, ...], form: str, path: Path) -> np.ndarray:
+    """The checked label as uint8, 0 and 1."""
+    check_label(array, shape, (0, FOREGROUND[form]), path)
+    label = (array == FOREGROUND[form]).astype(np.uint8)
+    if not label.any():
+        raise InputError(f"{path}: the label is empty, yet every scan shows a left atrium; copy or download it again")
+    return label
+
+
+def same_geometry(a: sitk.Image, b: sitk.Image) -> bool:
+    """Whether spacing, origin (mm) and direction agree to 0.001."""
+    pairs = ((a.GetSpacing(), b.GetSpacing()), (a.GetOrigin(), b.GetOrigin()), (a.GetDirection(), b.GetDirection()))
+    return all(np.allclose(left, right, rtol=0, atol=1e-3) for left, right in pairs)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+# --- converting -----------------------------------------------------------------------------------------------------
+
+
+def convert_case(job: Job) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Convert one case.
+
+    Returns:
+        shape (x, y, z) in voxels and spacing (x, y, z) in mm.
+    """
+    with_label = job.label_target is not None
+    if job.form == "h5":
+        image, label = read_h5_case(job.folder, with_label, job.spacing)
+    else:
+        image, label = read_nrrd_case(job.folder, with_label)
+    write_image(image, job.image_target)
+    if with_label:
+        write_image(label, job.label_target)
+    return image.GetSize(), image.GetSpacing()
+
+
+def choose_cases(source: Path, form: str, labelled_choice: str, allow_missing_test: bool) -> Cases:
+    """Divide the listed cases, having checked that their files are there.
+
+    Args:
+        source: folder of case folders.
+        form: "h5" or "nrrd".
+        labelled_choice: a number or a list file, see ``choose_labelled``.
+        allow_missing_test: leave out the test cases that are not there.
+
+    Raises:
+        InputError: names every missing case.
+    """
+    train, listed_test = read_list(LISTS / "la_train.txt"), read_list(LISTS / "la_test.txt")
+    labelled = choose_labelled(labelled_choice, train)
+    unlabelled = [case for case in train if case not in set(labelled)]
+    missing = [case for case in labelled if not is_present(source, form, case, True)]
+    missing += [case for case in unlabelled if not is_present(source, form, case, False)]
+    files = "/".join(dict.fromkeys(FILES[form]))
+    if missing:
+        raise InputError(
+            f"--source {source}: {len(missing)} of {len(train)} training cases are missing or lack {files}: "
+            f"{', '.join(missing)}; complete the folder"
+        )
+    missing_test = [case for case in listed_test if not is_present(source, form, case, True)]
+    if missing_test and not allow_missing_test:
+        raise InputError(
+            f"--source {source}: {len(missing_test)} of {len(listed_test)} test cases are missing or lack {files}: "
+            f"{', '.join(missing_test)}; complete the folder, or go on without them by --allow_missing_test"
+        )
+    return Cases(labelled, unlabelled, [case for case in listed_test if case not in missing_test], missing_test)
+
+
+def check_spacing(values: Sequence[float] | None, form: str) -> tuple[float, float, float] | None:
+    """The spacing to write, x, y, z in mm; None for the nrrd form, which has its own.
+
+    Args:
+        values: one or three numbers in mm, or None: as the challenge states.
+        form: "h5" or "nrrd".
+    """
+    if form == "nrrd":
+        if values is not None:
+            raise InputError("--spacing is for the h5 form only: the nrrd headers have the spacing; leave it out")
+        return None
+    if values is None:
+        return STATED_SPACING
+    if len(values) not in (1, 3) or not all(math.isfinite(value) and value > 0 for value in values):
+        raise InputError(f"--spacing {' '.join(map(str, values))}: give one number or three (x y z), in mm, above 0")
+    return tuple(values) * 3 if len(values) == 1 else tuple(values)
+
+
+def spacing_note(form: str, spacing_given: bool) -> str:
+    """Where the spacing comes from."""
+    if form == "nrrd":
+        return "from the nrrd headers"
+    if spacing_given:
+        return "given by the user: the h5 files carry none"
+    return "assumed: the challenge states it, the h5 files carry none, the data suggests 1.25 mm in z"
+
+
+def make_jobs(
+    source: Path, form: str, cases: Cases, folder: Path, spacing: tuple[float, float, float] | None
+) -> list[Job]:
+    """All jobs: labelled, unlabelled, test.
+
+    Args:
+        source: folder of case folders.
+        form: "h5" or "nrrd".
+        cases: which cases play which role.
+        folder: dataset folder to write into.
+        spacing: x, y, z in mm, or None: the headers'.
+    """
+    roles = (
+        (cases.labelled, "imagesTr", "labelsTr"),
+        (cases.unlabelled, "imagesUn", None),
+        (cases.test, "imagesTs", "labelsTs"),
+    )
+    return [
+        Job(
+            form=form,
+            folder=source / case,
+            image_target=folder / images / f"{case}_0000{FILE_ENDING}",
+            label_target=folder / labels / f"{case}{FILE_ENDING}" if labels else None,
+            spacing=spacing,
+        )
+        for ids, images, labels in roles
+        for case in ids
+    ]
+
+
+def convert(
+    source: Path,
+    dataset_id: int,
+    labelled_choice: str,
+    spacing: Sequence[float] | None = None,
+    allow_missing_test: bool = False,
+    name: str = "LA",
+    processes: int = 1,
+) -> str:
+    """Convert the data set; see the module's text for what is read and written.
+
+    Args:
+        source: folder of case folders.
+        dataset_id: 1 to 999.
+        labelled_choice: a number or a list file, see ``choose_labelled``.
+        spacing: for the h5 form: one or three numbers (x, y, z) in mm; None = 0.625 mm.
+        allow_missing_test: convert the test cases that are there.
+        name: the dataset is called ``DatasetXXX_name``.
+        processes: number of processes.
+
+    Returns:
+        a summary for people.
+
+    Raises:
+        InputError: something given is wrong; nothing is left behind.
+    """
+    target = new_dataset_path(dataset_id, name)
+    form = find_form(source)
+    written_spacing = check_spacing(spacing, form)
+    cases = choose_cases(source, form, labelled_choice, allow_missing_test)
+    with whole_folder(target) as folder:
+        results = run_jobs(convert_case, make_jobs(source, form, cases, folder, written_spacing), processes)
+        shapes, spacings = zip(*results, strict=True)
+        spacing_text = f"{range_text(spacings)} mm (x, y, z), {spacing_note(form, spacing is not None)}"
+        conversion = {
+            "source_form": form,
+            "labelled": len(cases.labelled),
+            "unlabelled": len(cases.unlabelled),
+            "test": len(cases.test),
+            "missing_test": cases.missing_test,
+            "spacing": spacing_text,
+        }
+        write_dataset_json(folder, ["LGE-MRI"], LABELS, len(cases.labelled), **DESCRIPTION, conversion=conversion)
+        write_splits(folder, cases.labelled)
+
+    missing = f"; {len(cases.missing_test)} missing: {', '.join(cases.missing_test)}" if cases.missing_test else ""
+    rows = [
+        ("source", f"{source} ({form} form)"),
+        ("cases", len(results)),
+        ("labelled", f"{len(cases.labelled)} in imagesTr"),
+        ("unlabelled", f"{len(cases.unlabelled)} in imagesUn"),
+        ("test", f"{len(cases.test)} in imagesTs{missing}"),
+        ("spacing", spacing_text),
+        ("shape", f"{range_text(shapes)} voxels (x, y, z)"),
+        ("next", f"nnUNetv2_plan_and_preprocess -d {dataset_id}"),
+    ]
+    return f"{target}\n{table_text(rows)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="folder of case folders, h5 or nrrd form")
+    add("-d", type=int, required=True, metavar="ID", help="dataset ID, 1 to 999, not in use yet")
+    add("--labeled", required=True, metavar="N|FILE", help="the first N training cases, or a file with one ID per line")
+    add("--spacing", type=float, nargs="+", metavar="MM", help="h5 form: x y z or one number, in mm (default: 0.625)")
+    add("--allow_missing_test", action="store_true", help="go on when test cases are missing, and name them")
+    add("--name", default="LA", help="DatasetXXX_NAME (default: LA)")
+    default_processes = min(4, os.cpu_count() or 1)
+    add("-np", type=int, default=default_processes, metavar="N", help=f"processes (default here: {default_processes})")
+    given = parser.parse_args(arguments)
+    try:
+        print(
+            convert(given.source, given.d, given.labeled, given.spacing, given.allow_missing_test, given.name, given.np)
+        )
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

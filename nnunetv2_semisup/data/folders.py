@@ -1,0 +1,156 @@
+"""Where unlabelled images lie, raw and preprocessed, and what their files must look like."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+
+from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
+
+from nnunetv2_semisup.errors import InputError
+
+RAW_FOLDER = "imagesUn"
+
+_CASE_AND_CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
+
+
+def unlabeled_folder(preprocessed_dataset_folder: Path | str, data_identifier: str) -> Path:
+    """Folder of the preprocessed unlabelled cases; holds ``.b2nd`` and ``.pkl`` files only."""
+    return Path(preprocessed_dataset_folder) / f"{data_identifier}_unlabeled"
+
+
+def manifest_file(preprocessed_dataset_folder: Path | str, data_identifier: str) -> Path:
+    """What was preprocessed from which files, beside :func:`unlabeled_folder`."""
+    return Path(preprocessed_dataset_folder) / f"{data_identifier}_unlabeled.json"
+
+
+def write_json(file: Path, content: dict | list) -> None:
+    """Write ``content`` so that a reader finds either the old file or the whole new one."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def read_json(file: Path, remedy: str) -> dict | list:
+    """Content of ``file``; an InputError that names it and ends with ``remedy`` if it is missing or damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file} does not exist: {remedy}") from error
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error}): {remedy}") from error
+
+
+def channel_count(dataset_json: dict) -> int:
+    """Number of input channels that ``dataset.json`` declares."""
+    for key in ("channel_names", "modality"):
+        if key in dataset_json:
+            return len(dataset_json[key])
+    raise InputError('dataset.json has no "channel_names": add them as nnU-Net\'s dataset format describes')
+
+
+def labelled_identifiers(raw_dataset_folder: Path, dataset_json: dict) -> list[str]:
+    """Case ids of the labelled images, by nnU-Net's rules; no image or label is opened."""
+    if "dataset" in dataset_json:
+        return sorted(dataset_json["dataset"])
+    return _identifiers(raw_dataset_folder / "imagesTr", dataset_json["file_ending"])
+
+
+def find_unlabeled_cases(raw_dataset_folder: Path, dataset_json: dict) -> dict[str, list[str]]:
+    """List and check ``imagesUn``; whatever is wrong there is an InputError of one line.
+
+    Hidden files are ignored. Cases that are also in ``imagesTs`` are returned, with a warning that names them.
+
+    Args:
+        raw_dataset_folder: ``nnUNet_raw/DatasetXXX_Name``.
+        dataset_json: content of its ``dataset.json``.
+
+    Returns:
+        Case id -> image files, one per channel, in channel order; sorted by case id.
+    """
+    raw_dataset_folder = Path(raw_dataset_folder)
+    folder = raw_dataset_folder / RAW_FOLDER
+    ending = dataset_json["file_ending"]
+    example = f"CASE_0000{ending}"
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist: put the unlabelled images there, named {example} as in imagesTr")
+
+    cases: dict[str, dict[int, str]] = {}
+    spacing_files = []
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith("."):
+            continue
+        if not file.is_file():
+            raise InputError(f"{file} is a folder or a broken link: {RAW_FOLDER} holds image files only, move it away")
+        if ending in (".tif", ".tiff") and file.suffix == ".json":
+            spacing_files.append(file)  # nnU-Net reads a TIFF's voxel size from CASE.json
+            continue
+        if not file.name.endswith(ending):
+            raise InputError(f"{file} does not end with {ending}, dataset.json's file_ending: convert or remove it")
+        name = _CASE_AND_CHANNEL.fullmatch(file.name[: -len(ending)])
+        if name is None:
+            raise InputError(f"{file} is not named {example} (case, channel as four digits): rename it")
+        if name[1].endswith("_seg"):
+            raise InputError(f"{file}: nnU-Net keeps names ending with _seg for its own files: rename the case")
+        cases.setdefault(name[1], {})[int(name[2])] = str(file)
+    if not cases:
+        raise InputError(f"{folder} is empty: put the unlabelled images there, named {example} as in imagesTr")
+
+    for file in spacing_files:
+        if file.stem not in cases:
+            raise InputError(f"{file} belongs to no image: it must be named as a case of {folder}, without channel")
+    _check_channels(folder, cases, _files_per_case(raw_dataset_folder, dataset_json))
+    both = sorted(set(cases) & set(labelled_identifiers(raw_dataset_folder, dataset_json)))
+    if both:
+        raise InputError(f"{folder} holds labelled cases ({_names(both)}): remove them, they are in imagesTr already")
+    test = sorted(set(cases) & set(_identifiers(raw_dataset_folder / "imagesTs", ending)))
+    if test:
+        warnings.warn(
+            f"{len(test)} unlabelled cases are also in imagesTs ({_names(test)}): training sees the test images, so "
+            f"results on them are transductive and must be reported as such.",
+            stacklevel=2,
+        )
+    return {case: [channels[i] for i in sorted(channels)] for case, channels in sorted(cases.items())}
+
+
+def _check_channels(folder: Path, cases: dict[str, dict[int, str]], expected: int) -> None:
+    for case, channels in cases.items():
+        missing = sorted(set(range(expected)) - set(channels))
+        extra = sorted(set(channels) - set(range(expected)))
+        if missing:
+            raise InputError(f"{folder}: case {case} lacks channel {_channels(missing)}: add the files or remove it")
+        if extra:
+            raise InputError(
+                f"{folder}: case {case} has channel {_channels(extra)}, but a case has {expected} here (dataset.json's "
+                f"channel_names): remove those files"
+            )
+
+
+def _files_per_case(raw_dataset_folder: Path, dataset_json: dict) -> int:
+    """Number of files of a case: one per channel, unless the labelled images hold all channels in one (colour, 4D)."""
+    count = channel_count(dataset_json)
+    if "dataset" in dataset_json:
+        return max((len(entry["images"]) for entry in dataset_json["dataset"].values()), default=count)
+    images = raw_dataset_folder / "imagesTr"
+    all_in_one = any(images.glob(f"*_0000{dataset_json['file_ending']}")) and not any(
+        images.glob(f"*_0001{dataset_json['file_ending']}")
+    )
+    return 1 if all_in_one else count
+
+
+def _identifiers(folder: Path, file_ending: str) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return [str(case) for case in get_identifiers_from_splitted_dataset_folder(str(folder), file_ending)]
+
+
+def _channels(numbers: list[int]) -> str:
+    return ", ".join(f"{number:04d}" for number in numbers)
+
+
+def _names(cases: list[str], most: int = 10) -> str:
+    more = f" and {len(cases) - most} more" if len(cases) > most else ""
+    return ", ".join(cases[:most]) + more

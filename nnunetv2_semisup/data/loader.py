@@ -1,0 +1,96 @@
+"""Patches of unlabelled images, and both streams as one loader for nnU-Net's augmenters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from batchgenerators.dataloading.data_loader import DataLoader
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+GEOMETRIC = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform, MaskImageTransform)
+
+
+class UnlabeledDataset(nnUNetDatasetBlosc2):
+    """Cases of the unlabelled folder. Where nnU-Net has a segmentation, these have the nonzero mask (0 in, -1 out)."""
+
+    def __init__(self, folder: Path | str, identifiers: list[str] | None = None):
+        super().__init__(str(folder), None if identifiers is None else list(identifiers))
+
+    def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
+        """Image (C, X, Y, Z) and mask (1, X, Y, Z) on disk, no previous stage, properties without class locations."""
+        image, mask, _, properties = super().load_case(identifier)
+        return image, mask, None, {**properties, "class_locations": None}
+
+
+class UnlabeledDataLoader(nnUNetDataLoader):
+    """nnU-Net's loader with uniformly random patches, also where the task has an ignore label.
+
+    Args:
+        data: the unlabelled cases.
+        batch_size: patches per batch.
+        patch_size: voxels per axis read from the case, 2 or 3 entries.
+        final_patch_size: voxels per axis after ``transforms``.
+        label_manager: nnU-Net's; it decides nothing here.
+        transforms: applied to image and mask together; see :func:`geometric_part`.
+    """
+
+    def __init__(
+        self,
+        data: UnlabeledDataset,
+        batch_size: int,
+        patch_size: tuple[int, ...] | list[int] | np.ndarray,
+        final_patch_size: tuple[int, ...] | list[int] | np.ndarray,
+        label_manager: LabelManager,
+        transforms: BasicTransform | None = None,
+    ):
+        super().__init__(
+            data,
+            batch_size,
+            patch_size,
+            final_patch_size,
+            label_manager,
+            oversample_foreground_percent=0,
+            transforms=transforms,
+        )
+        self.has_ignore = False  # otherwise nnU-Net looks for annotated voxels
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        """Returns: ``data`` (B, C, X, Y, Z) float32 (2D drops Z) and ``keys``, the case of each patch."""
+        batch = super().generate_train_batch()
+        return {"data": batch["data"], "keys": batch["keys"]}
+
+
+def geometric_part(transforms: ComposeTransforms) -> ComposeTransforms:
+    """Those of nnU-Net's training transforms that move voxels, and the masking; the same objects in the same order."""
+    return ComposeTransforms([transform for transform in transforms.transforms if isinstance(transform, GEOMETRIC)])
+
+
+class TwoStreamLoader:
+    """A labelled and an unlabelled batch at a time, so that both share the workers of one augmenter."""
+
+    def __init__(self, labelled: DataLoader, unlabelled: UnlabeledDataLoader):
+        self.labelled = labelled
+        self.unlabelled = unlabelled
+
+    def set_thread_id(self, thread_id: int) -> None:
+        """Called by the augmenter in each worker."""
+        self.labelled.set_thread_id(thread_id)
+        self.unlabelled.set_thread_id(thread_id)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """Returns: the labelled batch, and under "unlabelled" the other."""
+        return {**next(self.labelled), "unlabelled": next(self.unlabelled)}

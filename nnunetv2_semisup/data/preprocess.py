@@ -1,0 +1,445 @@
+"""Preprocess unlabelled images as nnU-Net preprocesses labelled ones; nothing here opens a segmentation.
+
+Finished cases go to ``<data_identifier>_unlabeled/``. The manifest beside that folder lists them and is written last,
+so a case counts only once all of it is in place, whenever the process is killed. What the manifest does not list is
+removed by the next call. One process works at a time, under a file lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from tqdm import tqdm
+
+from nnunetv2_semisup.data.folders import (
+    RAW_FOLDER,
+    find_unlabeled_cases,
+    manifest_file,
+    read_json,
+    unlabeled_folder,
+    write_json,
+)
+from nnunetv2_semisup.errors import InputError
+
+SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")  # the files of a case: image, nonzero mask, properties
+
+# What in a configuration changes the result; patch size and batch size do not.
+_RELEVANT_KEYS = (
+    "preprocessor_name",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+
+# What nnU-Net's readers and preprocessors raise for an image that they cannot use.
+_IMAGE_ERRORS = (
+    RuntimeError,
+    ValueError,
+    AssertionError,
+    OSError,
+    EOFError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+)
+
+
+def preprocess_unlabeled(
+    dataset_name: str,
+    plans_name: str,
+    configuration: str,
+    num_processes: int,
+    log: Callable[[str], None] = print,
+    identifiers: list[str] | None = None,
+) -> list[str]:
+    """Preprocess the unlabelled cases that are missing or stale; remove those that left ``imagesUn``.
+
+    A case is stale when its images changed (size or time) or the plans changed in a way that alters the result. Where
+    ``imagesUn`` is not at hand, cases preprocessed earlier with the same plans serve.
+
+    Args:
+        dataset_name: ``DatasetXXX_Name``.
+        plans_name: plans file without ``.json``.
+        configuration: ``2d``, ``3d_fullres``, ...
+        num_processes: processes at most; 1 works in this one.
+        log: takes one line of text.
+        identifiers: process these cases only. None: all.
+
+    Returns:
+        Sorted ids of the cases ready for use, all or ``identifiers``.
+    """
+    task = _read_task(dataset_name, plans_name, configuration)
+    survey = _survey(task)
+    if survey.images is None:
+        log(f"No {RAW_FOLDER} at hand: using the {len(survey.recorded)} cases preprocessed earlier in {task.folder}")
+        if survey.lost:
+            log(
+                f"WARNING: {len(survey.lost)} more cases were preprocessed, but are not whole: {', '.join(survey.lost)}"
+            )
+        return _wanted(task, survey, identifiers)
+    if not survey.pending_of(_wanted(task, survey, identifiers)) and not survey.strays:
+        log(f"{len(survey.recorded)} unlabelled cases are preprocessed in {task.folder}")
+        return _wanted(task, survey, identifiers)
+
+    with _locked(task.lock_file, log):
+        survey = _survey(task)  # another process may have done it meanwhile
+        wanted = _wanted(task, survey, identifiers)
+        _tidy(task, survey)
+        pending = survey.pending_of(wanted)
+        if pending:
+            log(f"Preprocessing {len(pending)} of {len(survey.images)} unlabelled cases into {task.folder}")
+            _process(task, survey, pending, num_processes)
+        log(f"{len(wanted)} unlabelled cases are preprocessed in {task.folder}")
+    return wanted
+
+
+def pending_cases(dataset_name: str, plans_name: str, configuration: str) -> list[str]:
+    """Sorted ids of the cases that :func:`preprocess_unlabeled` would process; changes nothing."""
+    return _survey(_read_task(dataset_name, plans_name, configuration)).pending
+
+
+# -------------------------------------------------------------------------------------------------------- what is there
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One configuration of one dataset, as read from ``nnUNet_preprocessed``."""
+
+    dataset_name: str
+    plans_name: str
+    configuration: str
+    dataset_folder: Path
+    dataset_json: dict
+    plans: dict
+
+    @cached_property
+    def _data_identifier(self) -> str:
+        return PlansManager(self.plans).get_configuration(self.configuration).data_identifier
+
+    @property
+    def folder(self) -> Path:
+        return unlabeled_folder(self.dataset_folder, self._data_identifier)
+
+    @property
+    def manifest(self) -> Path:
+        return manifest_file(self.dataset_folder, self._data_identifier)
+
+    @property
+    def lock_file(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.lock")
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.tmp")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything in the plans that changes the result."""
+        plans = PlansManager(self.plans)
+        configuration = plans.get_configuration(self.configuration).configuration
+        relevant = {
+            **{key: configuration.get(key) for key in _RELEVANT_KEYS},
+            "transpose_forward": plans.transpose_forward,
+            "image_reader_writer": self.plans["image_reader_writer"],
+            "foreground_intensities": plans.foreground_intensity_properties_per_channel,
+        }
+        return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+class _Survey(NamedTuple):
+    """State of the folders.
+
+    Attributes:
+        images: case id -> image files; None where ``imagesUn`` is not at hand.
+        facts: case id -> name, size and time of its image files.
+        recorded: the manifest's entries of cases that are whole and not stale.
+        pending: sorted ids of cases to process.
+        lost: sorted ids of recorded cases whose files are missing and cannot be made again.
+        strays: files in the folder that belong to no recorded case.
+    """
+
+    images: dict[str, list[str]] | None
+    facts: dict[str, list]
+    recorded: dict[str, dict]
+    pending: list[str]
+    lost: list[str]
+    strays: list[Path]
+
+    def pending_of(self, wanted: list[str]) -> list[str]:
+        return sorted(set(self.pending) & set(wanted))
+
+
+def _read_task(dataset_name: str, plans_name: str, configuration: str) -> _Task:
+    if not nnUNet_preprocessed.is_set():
+        raise InputError("nnUNet_preprocessed is not set: export it as nnU-Net's installation page says")
+    folder = Path(nnUNet_preprocessed) / dataset_name
+    command = f"run nnUNetv2_plan_and_preprocess -d {_dataset_id(dataset_name)}"
+    plans_file = folder / f"{plans_name}.json"
+    others = sorted(f.stem for f in folder.glob("*Plans*.json") if not f.stem.endswith("_unlabeled"))
+    hint = f", or choose one of the plans there with -p: {', '.join(others)}" if others else ""
+    plans = read_json(plans_file, command + hint)
+    if not isinstance(plans, dict) or "configurations" not in plans:
+        raise InputError(f"{plans_file} is no plans file: {command}")
+    if configuration not in plans["configurations"]:
+        existing = ", ".join(plans["configurations"])
+        raise InputError(f"{plans_file} has no configuration {configuration!r}: choose one of {existing}, or {command}")
+    dataset_json = read_json(folder / "dataset.json", command)
+    return _Task(dataset_name, plans_name, configuration, folder, dataset_json, plans)
+
+
+def _dataset_id(dataset_name: str) -> str:
+    """``508`` of ``Dataset508_Name``, as commands take it."""
+    number = dataset_name.removeprefix("Dataset")[:3]
+    return str(int(number)) if number.isdecimal() else dataset_name
+
+
+def _survey(task: _Task) -> _Survey:
+    images = _find_images(task)
+    manifest = _read_manifest(task)
+    whole = {case: entry for case, entry in manifest.items() if _sizes(task.folder, case) == entry.get("sizes")}
+    if images is None:
+        if not whole:
+            where = f"nnUNet_raw/{task.dataset_name}/{RAW_FOLDER}"
+            raise InputError(
+                f"{where} is not there (nnUNet_raw is {nnUNet_raw.get() or 'not set'}) and {task.folder} holds no case "
+                f"made with these plans: put the unlabelled images into {where}, or copy that folder and its manifest"
+            )
+        return _Survey(None, {}, whole, [], sorted(set(manifest) - set(whole)), [])
+    facts = {case: _file_facts(files) for case, files in images.items()}
+    recorded = {case: entry for case, entry in whole.items() if entry.get("images") == facts.get(case)}
+    return _Survey(images, facts, recorded, sorted(set(images) - set(recorded)), [], _strays(task.folder, recorded))
+
+
+def _find_images(task: _Task) -> dict[str, list[str]] | None:
+    if not nnUNet_raw.is_set():
+        return None
+    folder = Path(nnUNet_raw) / task.dataset_name
+    return find_unlabeled_cases(folder, task.dataset_json) if (folder / RAW_FOLDER).is_dir() else None
+
+
+def _read_manifest(task: _Task) -> dict[str, dict]:
+    """Case id -> entry; empty if there is none, it is damaged, or it was made with other plans."""
+    try:
+        content = json.loads(task.manifest.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    same_plans = isinstance(content, dict) and content.get("plans") == task.fingerprint
+    return content.get("cases", {}) if same_plans else {}
+
+
+def _file_facts(files: list[str]) -> list[list]:
+    """Name, size in bytes and time of last change in ns of the files that make a case."""
+    paths = [Path(file) for file in files]
+    spacing_file = paths[0].with_name(f"{paths[0].name.rsplit('_', 1)[0]}.json")  # beside TIFF images
+    if spacing_file.exists():
+        paths.append(spacing_file)
+    stats = [path.stat() for path in paths]
+    return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)]
+
+
+def _sizes(folder: Path, case: str) -> list[int] | None:
+    """Sizes in bytes of a preprocessed case's files, None if one is missing."""
+    try:
+        return [(folder / f"{case}{suffix}").stat().st_size for suffix in SUFFIXES]
+    except FileNotFoundError:
+        return None
+
+
+def _strays(folder: Path, recorded: dict[str, dict]) -> list[Path]:
+    known = {f"{case}{suffix}" for case in recorded for suffix in SUFFIXES}
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if file.suffix in (".b2nd", ".pkl") and file.name not in known]
+
+
+def _wanted(task: _Task, survey: _Survey, identifiers: list[str] | None) -> list[str]:
+    existing = survey.recorded if survey.images is None else survey.images
+    unknown = sorted(set(identifiers or []) - set(existing))
+    if unknown:
+        where = task.folder if survey.images is None else RAW_FOLDER
+        raise InputError(f"no such cases in {where}: {', '.join(unknown)}. Add their images or leave them out")
+    return sorted(existing if identifiers is None else set(identifiers))
+
+
+# ----------------------------------------------------------------------------------------------------------- processing
+
+
+class _Job(NamedTuple):
+    case: str
+    files: list[str]
+    output: str  # path without suffix
+    plans: dict
+    configuration: str
+    dataset_json: dict
+
+
+@contextlib.contextmanager
+def _locked(file: Path, log: Callable[[str], None]) -> Iterator[None]:
+    lock = FileLock(str(file))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log(f"Another process is preprocessing these unlabelled images: waiting for it (lock {file})")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _tidy(task: _Task, survey: _Survey) -> None:
+    """Remove what an interrupted run left and what is stale or gone; the manifest first, so that it never lies."""
+    task.folder.mkdir(exist_ok=True)
+    _write_manifest(task, survey.recorded)
+    for file in survey.strays:
+        file.unlink()
+    for file in task.dataset_folder.glob(f"{task.manifest.name}.*.tmp"):
+        file.unlink()
+    shutil.rmtree(task.temporary, ignore_errors=True)
+
+
+def _write_manifest(task: _Task, recorded: dict[str, dict]) -> None:
+    write_json(task.manifest, {"plans": task.fingerprint, "cases": recorded})
+
+
+def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: int) -> None:
+    """Preprocess ``pending`` in a temporary folder and move each case into place once it is whole."""
+    recorded = dict(survey.recorded)
+    task.temporary.mkdir(exist_ok=True)
+    # A folder of this run's own: a worker that outlived an earlier run cannot write into it.
+    work = Path(tempfile.mkdtemp(dir=task.temporary))
+    jobs = [
+        _Job(case, survey.images[case], str(work / case), task.plans, task.configuration, task.dataset_json)
+        for case in pending
+    ]
+
+    def publish(case: str) -> None:
+        for suffix in SUFFIXES:
+            os.replace(work / f"{case}{suffix}", task.folder / f"{case}{suffix}")
+        recorded[case] = {"images": survey.facts[case], "sizes": _sizes(task.folder, case)}
+        _write_manifest(task, recorded)
+        bar.update()
+
+    try:
+        with tqdm(total=len(jobs), desc="Preprocessing unlabelled cases") as bar:
+            workers = min(num_processes, len(jobs))
+            if workers > 1:
+                _run_in_pool(jobs, workers, publish)
+            else:
+                for job in jobs:
+                    _preprocess_case(job)
+                    publish(job.case)
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"A process that preprocessed unlabelled images was killed, most likely for lack of memory: finish with "
+            f"fewer processes, nnUNetv2_semisup_preprocess -d {_dataset_id(task.dataset_name)} -p {task.plans_name} "
+            f"-c {task.configuration} -np {workers // 2}"
+        ) from error
+    finally:
+        shutil.rmtree(task.temporary, ignore_errors=True)
+
+
+def _run_in_pool(jobs: list[_Job], workers: int, publish: Callable[[str], None]) -> None:
+    """Run the jobs in processes of their own; the first error ends all of them and is raised."""
+    context = multiprocessing.get_context("spawn")
+    lifeline, our_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(lifeline,))
+    try:
+        case_of = {pool.submit(_preprocess_case, job): job.case for job in jobs}
+        running = set(case_of)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            failed = [future for future in done if future.exception() is not None]
+            for future in done.difference(failed):
+                publish(case_of[future])
+            for future in failed:
+                future.result()  # raises
+    finally:
+        our_end.close()  # ends the workers, also in the middle of a case
+        pool.shutdown(cancel_futures=True)
+        lifeline.close()
+
+
+def _start_worker(lifeline: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
+
+
+def _exit_with_parent(lifeline: Connection) -> None:
+    """End this process when the other end of ``lifeline`` is closed, which ``kill -9`` of the parent does too."""
+    with contextlib.suppress(EOFError, OSError):
+        lifeline.recv()
+    os._exit(0)
+
+
+def _preprocess_case(job: _Job) -> None:
+    plans = PlansManager(job.plans)
+    configuration = plans.get_configuration(job.configuration)
+    preprocessor = _checked(configuration.preprocessor_class)(verbose=False)
+    preprocessor.run_case_save(job.output, job.files, None, plans, configuration, job.dataset_json)
+
+
+def _checked(preprocessor_class: type[DefaultPreprocessor]) -> type[DefaultPreprocessor]:
+    """The plans' preprocessor, which also checks values and names the files in its errors."""
+
+    class Checked(preprocessor_class):
+        def run_case(self, image_files, *args, **kwargs):
+            try:
+                data, mask, properties = super().run_case(image_files, *args, **kwargs)
+                _require_finite(data)
+            except _IMAGE_ERRORS as error:
+                # nnU-Net's readers raise without text in one situation only, and print the rest.
+                what = " ".join(str(error).split()) or "its channels differ in shape or voxel size"
+                raise InputError(
+                    f"{', '.join(image_files)} cannot be preprocessed: {what}. Repair the image or remove it from "
+                    f"{RAW_FOLDER}"
+                ) from error
+            return data, mask, properties
+
+        def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
+            _require_channels(data, configuration_manager)
+            _require_finite(data)
+            return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
+
+    return Checked
+
+
+def _require_channels(data: np.ndarray, configuration: ConfigurationManager) -> None:
+    """Args: data: (C, X, Y, Z)."""
+    expected = len(configuration.normalization_schemes)
+    if data.shape[0] != expected:
+        raise ValueError(f"it has {data.shape[0]} channels, the plans expect {expected}")
+
+
+def _require_finite(data: np.ndarray) -> None:
+    """Args: data: (C, X, Y, Z) float."""
+    bad = [channel for channel in range(data.shape[0]) if not np.isfinite(data[channel]).all()]
+    if bad:
+        raise ValueError(f"NaN or infinite values in channel {', '.join(map(str, bad))}")

@@ -1,0 +1,74 @@
+"""The decoder walk equals the stock forward, also compiled; copies keep their own weights."""
+
+import copy
+
+import pytest
+import torch
+from conftest import architecture
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunetv2_semisup.network import taps
+
+
+@pytest.fixture(params=[(d, r, s) for d in (2, 3) for r in (False, True) for s in (False, True)], ids=str)
+def network(request):
+    dim, residual, deep_supervision = request.param
+    spec = architecture(dim, residual)
+    return get_network_from_plans(
+        spec["network_class_name"],
+        spec["arch_kwargs"],
+        spec["_kw_requires_import"],
+        2,
+        3,
+        allow_init=True,
+        deep_supervision=deep_supervision,
+    )
+
+
+def images_for(network):
+    return torch.randn(2, 2, *[16] * (network.encoder.conv_op(1, 1, 1).weight.ndim - 2))
+
+
+def as_list(output):
+    return output if isinstance(output, list) else [output]
+
+
+def test_equals_stock_forward_and_gradient(network):
+    images = images_for(network)
+    expected = as_list(network(images))
+    sum(o.square().mean() for o in expected).backward()
+    gradients = {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+
+    output, features = taps.decode(network, taps.encode(network, images))
+    sum(o.square().mean() for o in as_list(output)).backward()
+    assert all(torch.equal(a, b) for a, b in zip(as_list(output), expected, strict=True))
+    assert gradients.keys() == {k for k, p in network.named_parameters() if p.grad is not None}
+    assert all(torch.equal(p.grad, gradients[k]) for k, p in network.named_parameters() if k in gradients)
+    assert torch.equal(network.decoder.seg_layers[-1](features), expected[0])
+    assert torch.equal(taps.logits(network, images), expected[0])
+
+
+def test_compiled_in_place(network, monkeypatch):
+    """Same values, same keys; a copy made before its weights change follows its own weights, not the original's."""
+    eager = torch.compile  # the real one, with a backend that needs no compiler
+    monkeypatch.setattr(taps.torch, "compile", lambda f: eager(f, backend="aot_eager"))
+    taps._compiled.cache_clear()
+    keys = list(network.state_dict())
+    images = images_for(network)
+    expected = taps.logits(network, images)
+    taps.compile_taps(network)
+    duplicate = copy.deepcopy(network)
+    torch.testing.assert_close(taps.logits(network, images), expected)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0.5)
+    torch.testing.assert_close(taps.logits(duplicate, images), expected)
+    torch.testing.assert_close(taps.logits(network, images), as_list(network(images))[0])
+    assert list(network.state_dict()) == keys
+    taps._compiled.cache_clear()
+
+
+def test_other_networks_are_refused_by_name():
+    with pytest.raises(NotImplementedError, match="Linear"):
+        taps.check_supported(torch.nn.Linear(1, 1))

@@ -1,0 +1,90 @@
+"""Two gloo processes: gradients are averaged, networks stay equal, the result is that of both batches together."""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from conftest import make_batch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+from nnunetv2_semisup.distributed import average_gradients, broadcast_state
+
+
+def run_rank(rank: int, world: int, folder: str, task, *args) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    try:
+        task(rank, Path(folder), *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(tmp_path, task, *args) -> None:
+    mp.spawn(run_rank, args=(2, str(tmp_path), task, *args), nprocs=2)
+
+
+def gradients_and_flags(rank: int, folder: Path) -> None:
+    used, unused_here, unused = (torch.nn.Parameter(torch.zeros(s)) for s in ((2, 3), (4,), (1,)))
+    used.grad = torch.full((2, 3), float(rank + 1))
+    if rank == 1:
+        unused_here.grad = torch.ones(4)
+    flags = average_gradients([used, unused_here, unused], torch.tensor([float(rank), 0.0]))
+    assert torch.equal(used.grad, torch.full((2, 3), 1.5))
+    assert torch.equal(unused_here.grad, torch.full((4,), 0.5)) and torch.equal(unused.grad, torch.zeros(1))
+    assert flags.tolist() == [1.0, 0.0]
+    module = torch.nn.BatchNorm1d(2)
+    torch.nn.init.constant_(module.weight, rank)
+    module.running_mean.fill_(rank)
+    broadcast_state(module)
+    assert not module.weight.any() and not module.running_mean.any()
+
+
+def test_gradients_flags_and_broadcast(tmp_path):
+    spawn(tmp_path, gradients_and_flags)
+
+
+def build_and_step(rank: int, folder: Path, variables: dict, dataset, seed: int) -> None:
+    os.environ.update(variables)
+    # nnU-Net forces CUDA in a process group, so the trainer must not see it while it is built
+    initialised, dist.is_initialized = dist.is_initialized, lambda: False
+    torch.manual_seed(seed + rank)  # different weights: rank 0's must win
+    trainer = dataset.trainer("nnUNetTrainerMeanTeacher", noise_std=0.0, consistency_weight=1.0)
+    trainer.initialize()
+    dist.is_initialized = initialised
+    trainer.method.reset(trainer.network)
+    broadcast_state(trainer.network, trainer.method)
+    if rank == 0:
+        torch.save(copy.deepcopy(trainer.network.state_dict()), folder / "start.pth")
+    trainer.train_step(make_batch(trainer, rank))
+    torch.save(trainer.network.state_dict(), folder / f"rank{rank}.pth")
+    torch.save(trainer.method.state_dict(), folder / f"method{rank}.pth")
+
+
+def test_a_training_step_of_two_processes_is_the_mean_step(tiny, tmp_path):
+    spawn(tmp_path, build_and_step, tiny.variables(tmp_path / "results"), tiny, 5)
+    first, second = (torch.load(tmp_path / f"rank{r}.pth") for r in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    methods = [torch.load(tmp_path / f"method{r}.pth") for r in range(2)]
+    assert all(torch.equal(methods[0][k], methods[1][k]) for k in methods[0])
+
+    alone = tiny.trainer("nnUNetTrainerMeanTeacher", noise_std=0.0, consistency_weight=1.0)
+    alone.initialize()
+    alone.network.load_state_dict(torch.load(tmp_path / "start.pth"))
+    alone.method.reset(alone.network)
+    for seed in range(2):
+        batch = make_batch(alone, seed)
+        for group in alone.method.losses(alone.network, batch, batch["unlabelled"], alone.progress):
+            (sum(w * v for w, v in group.values()) / 2).backward()
+    for parameter in alone.network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    torch.nn.utils.clip_grad_norm_(alone.network.parameters(), 12)
+    alone.optimizer.step()
+    for key, value in alone.network.state_dict().items():
+        torch.testing.assert_close(value, first[key], rtol=1e-5, atol=1e-6)
+
+
+def test_single_process_is_untouched():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    assert average_gradients([parameter], torch.ones(1)).tolist() == [1.0] and parameter.grad is None

@@ -1,0 +1,346 @@
+"""The base trainer around a real (tiny) training in process: streams, log, saving, stopping, failing."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_batch
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_semisup.errors import InputError, TrainingFailed
+from nnunetv2_semisup.trainers.base import MAX_OVERFLOWS_IN_A_ROW
+
+NAME = "nnUNetTrainerMeanTeacher"
+SHORT = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+
+
+def rows(trainer) -> list[dict]:
+    with open(Path(trainer.output_folder, "semisup_log.csv")) as f:
+        return list(csv.DictReader(f))
+
+
+def continued(dataset, **settings):
+    """A trainer as ``nnUNetv2_train --c`` makes it."""
+    trainer = dataset.trainer(NAME, resume=True, **settings)
+    maybe_load_checkpoint(trainer, continue_training=True, validation_only=False)
+    return trainer
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_a_whole_run_leaves_log_picture_settings_and_checkpoint(tiny, configuration):
+    trainer = tiny.trainer(NAME, configuration, **SHORT)
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    names = {f.name for f in folder.iterdir()}
+    assert {"semisup_log.csv", "semisup_progress.png", "semisup_settings.json", "checkpoint_final.pth"} <= names
+    assert not [n for n in names if ".tmp" in n]
+    table = rows(trainer)
+    assert [int(r["epoch"]) for r in table] == [0, 1, 2]
+    assert float(table[2]["progress"]) == pytest.approx(1.0)
+    for column in ("loss_consistency", "loss_supervised", "loss_total", "weight_consistency", "gradient_norm"):
+        assert all(np.isfinite(float(r[column])) for r in table), column
+    assert 0 <= float(table[0]["share_teacher_student_agreement"]) <= 1
+    settings = json.loads((folder / "semisup_settings.json").read_text())
+    assert settings["trainer"] == NAME and settings["num_epochs"] == 3 and settings["teacher_decay"] == 0.99
+    saved = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    assert saved["semisup"]["settings"]["num_epochs"] == 3 and saved["trainer_name"] == NAME
+    stock_keys = set(saved) - {"semisup"}
+    assert {"network_weights", "optimizer_state", "init_args", "logging", "current_epoch"} <= stock_keys
+
+
+def test_labelled_stream_is_stock_and_unlabelled_stream_has_no_target(tiny):
+    trainer = tiny.trainer(NAME, unlabeled_batch_size=3)
+    trainer.initialize()
+    trainer.unlabeled_cases = trainer._prepare_unlabeled_cases()
+    augmenter, validation = trainer.get_dataloaders()
+    assert type(augmenter.data_loader.labelled) is nnUNetDataLoader is type(validation.data_loader)
+    batch = next(augmenter)
+    assert set(batch) == {"data", "target", "keys", "unlabelled"} and set(batch["unlabelled"]) == {"data", "keys"}
+    assert batch["data"].shape == (2, 1, 16, 16, 16) and batch["unlabelled"]["data"].shape == (3, 1, 16, 16, 16)
+    assert set(batch["keys"]) <= set(tiny.labelled) and set(batch["unlabelled"]["keys"]) <= set(tiny.unlabelled)
+
+
+def test_workers_share_one_budget_and_end(tiny, monkeypatch):
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    trainer = tiny.trainer(NAME, **SHORT | {"num_epochs": 1})
+    trainer.run_training()
+    assert trainer.dataloader_train.num_processes == 1
+    assert not trainer.dataloader_train._processes and not trainer.dataloader_val._processes
+    assert os.environ["nnUNet_n_proc_DA"] == "1"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resume_repeats_the_epoch(tiny, number, monkeypatch):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    trainer = tiny.trainer(NAME, **SHORT)
+    losses = trainer.method_class.losses
+    steps = 0
+
+    def losses_with_signal(self, *args):
+        nonlocal steps
+        steps += 1
+        if steps == 4:  # the second step of epoch 1
+            os.kill(os.getpid(), number)
+        yield from losses(self, *args)
+
+    monkeypatch.setattr(trainer.method_class, "losses", losses_with_signal)
+    with pytest.raises(SystemExit) as stop:
+        trainer.run_training()
+    assert stop.value.code == 128 + number and steps == 4, "the step in flight was finished, no other begun"
+    assert {n: signal.getsignal(n) for n in before} == before
+    teacher = {k: v.clone() for k, v in trainer.method.state_dict().items()}
+
+    resumed = continued(tiny, **SHORT)
+    assert resumed.current_epoch == 1 and resumed.progress == pytest.approx(1 / 3)
+    assert all(torch.equal(v, teacher[k]) for k, v in resumed.method.state_dict().items())
+    resumed.run_training()
+    assert [int(r["epoch"]) for r in rows(resumed)] == [0, 1, 2]
+    assert {len(v) for v in resumed.logger.local_logger.get_checkpoint().values()} == {3}
+    assert Path(resumed.output_folder, "checkpoint_final.pth").is_file()
+
+
+def test_checkpoint_latest_counts_minutes(tiny, monkeypatch):
+    def saved_epochs(minutes):
+        trainer = tiny.trainer(NAME, save_every_minutes=minutes, **SHORT)
+        epochs = []
+        save = type(trainer).save_checkpoint
+
+        def spy(self, filename):
+            if isinstance(filename, str) and filename.endswith("checkpoint_latest.pth"):
+                epochs.append(self.current_epoch)
+            save(self, filename)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trainer), "save_checkpoint", spy)
+            trainer.run_training()
+        return epochs
+
+    assert saved_epochs(0.0) == [0, 1]
+    assert saved_epochs(60.0) == []
+
+
+def test_an_earlier_run_is_set_aside_but_not_by_resume(tiny):
+    first = tiny.trainer(NAME, **SHORT | {"num_epochs": 1})
+    first.run_training()
+    folder = Path(first.output_folder)
+    continued(tiny, **SHORT | {"num_epochs": 1}).run_training()
+    assert not list(folder.glob("previous_*"))
+    content = (folder / "checkpoint_final.pth").read_bytes()
+
+    class Halt(Exception):
+        pass
+
+    second = tiny.trainer(NAME, **SHORT)
+    second.on_train_epoch_start = lambda: (_ for _ in ()).throw(Halt)
+    with pytest.raises(Halt):
+        second.run_training()
+    assert not list(folder.glob("checkpoint_*.pth"))
+    (old,) = folder.glob("previous_*_checkpoint_final.pth")
+    assert old.read_bytes() == content
+
+
+def test_wrong_input_touches_nothing(tiny, tmp_path):
+    """An error in the unlabelled data of a fresh start leaves an earlier run's checkpoint in place."""
+    first = tiny.trainer(NAME, **SHORT | {"num_epochs": 1})
+    first.run_training()
+    second = tiny.trainer(NAME, **SHORT)
+    second._prepare_unlabeled_cases = lambda: (_ for _ in ()).throw(InputError("no images"))
+    with pytest.raises(InputError):
+        second.run_training()
+    assert Path(first.output_folder, "checkpoint_final.pth").is_file()
+
+
+def test_a_value_that_is_not_finite_stops_with_its_name(tiny):
+    trainer = tiny.trainer(NAME, **SHORT)
+    trainer.initialize()
+    Path(trainer.output_folder, "checkpoint_latest.pth").write_bytes(b"as it was")
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    batch = make_batch(trainer)
+    batch["unlabelled"]["data"][0, 0, 0] = float("nan")
+    with pytest.raises(TrainingFailed, match=r"loss_consistency.* epoch 0, step 0.*case0, case1.*ucase0, ucase1"):
+        trainer.train_step(batch)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.network.state_dict().items())
+    assert Path(trainer.output_folder, "checkpoint_failed.pth").is_file()
+    assert Path(trainer.output_folder, "checkpoint_latest.pth").read_bytes() == b"as it was"
+
+
+def test_overflow_under_mixed_precision_is_skipped_counted_and_fatal_after_20(tiny):
+    trainer = tiny.trainer(NAME, **SHORT)
+    trainer.initialize()
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    good, bad = make_batch(trainer), make_batch(trainer)
+    bad["unlabelled"]["data"][0, 0, 0] = float("inf")
+    trainer.train_step(good)
+    network = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    teacher = {k: v.clone() for k, v in trainer.method.state_dict().items()}
+    for _ in range(MAX_OVERFLOWS_IN_A_ROW - 1):
+        trainer.train_step(bad)
+    assert all(torch.equal(v, network[k]) for k, v in trainer.network.state_dict().items())
+    assert all(torch.equal(v, teacher[k]) for k, v in trainer.method.state_dict().items())
+    assert trainer.grad_scaler.get_scale() < 1024
+    trainer.train_step(good)  # one good step forgets them
+    row = trainer.training_log.end_epoch(0)
+    assert row["overflows"] == pytest.approx(19 / 21) and np.isfinite(row["loss_consistency"])
+    with pytest.raises(TrainingFailed):
+        for _ in range(MAX_OVERFLOWS_IN_A_ROW):
+            trainer.train_step(bad)
+
+
+def test_scaled_step_equals_unscaled_step(tiny):
+    results = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        torch.manual_seed(0)
+        trainer = tiny.trainer(NAME, **SHORT)
+        trainer.initialize()
+        trainer.grad_scaler = scaler
+        torch.manual_seed(1)
+        trainer.train_step(make_batch(trainer))
+        results.append(trainer.network.state_dict())
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key])
+
+
+@pytest.mark.parametrize(
+    ("semisup", "message"),
+    [
+        ({"nnUNetTrainerMeanTeacher": {"teacher_deacy": 0.9}}, "nnUNetPlans.json.*unknown setting 'teacher_deacy'"),
+        ({"nnUNetTrainerMeanTeacher": {"teacher_decay": "0.9"}}, "wrong type"),
+        (
+            {"nnUNetTrainerMeanTeachr": {}},
+            "unknown trainer 'nnUNetTrainerMeanTeachr'.*did you mean nnUNetTrainerMeanTeacher",
+        ),
+        ({"nnUNetTrainerMeanTeacher_5epochs": {}}, "unknown trainer.*did you mean"),
+        (["x"], "expected trainer names"),
+    ],
+)
+def test_settings_of_the_plans_are_checked_before_anything_is_written(tiny, semisup, message, tmp_path):
+    with pytest.raises(InputError, match=message) as error:
+        tiny.trainer(NAME, plans=tiny.plans | {"semisup": semisup})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_checkpoints_of_others_are_refused(tiny, tmp_path):
+    stock = nnUNetTrainer(
+        tiny.plans | {"continue_training": False}, "3d_fullres", "all", tiny.dataset_json, torch.device("cpu")
+    )
+    stock.initialize()
+    file = tmp_path / "checkpoint_latest.pth"
+    stock.save_checkpoint(str(file))
+    trainer = tiny.trainer(NAME)
+    with pytest.raises(
+        InputError, match=r"checkpoint_latest.pth is a checkpoint of nnUNetTrainer,.*-pretrained_weights"
+    ):
+        trainer.load_checkpoint(str(file))
+    ours = tiny.trainer(NAME)
+    ours.initialize()
+    ours.save_checkpoint(str(file))
+    content = torch.load(file, weights_only=False)
+    content["semisup"]["trainer"] = "nnUNetTrainerOther"
+    torch.save(content, file)
+    with pytest.raises(InputError, match="checkpoint of nnUNetTrainerOther"):
+        tiny.trainer(NAME).load_checkpoint(str(file))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match="checkpoint_latest.pth cannot be read"):
+        tiny.trainer(NAME).load_checkpoint(str(file))
+
+
+def test_an_interrupted_save_leaves_the_older_checkpoint(tiny, tmp_path, monkeypatch):
+    trainer = tiny.trainer(NAME)
+    trainer.initialize()
+    file = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+    content = file.read_bytes()
+    save = torch.save
+
+    def dies(checkpoint, target):
+        if isinstance(target, str):
+            Path(target).write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(checkpoint, target)
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_checkpoint(str(file))
+    assert file.read_bytes() == content
+
+
+def test_pretrained_weights_reach_the_teacher(tiny, tmp_path):
+    donor = tiny.trainer(NAME)
+    donor.initialize()
+    file = str(tmp_path / "weights.pth")
+    donor.save_checkpoint(file)
+    trainer = tiny.trainer(NAME, **SHORT | {"num_epochs": 1})
+    maybe_load_checkpoint(trainer, False, False, file)
+    trainer.on_train_start()
+    trainer._stop.stop_listening()
+    teacher, donor_weights = trainer.method.teacher.module.state_dict(), donor.network.state_dict()
+    same = [k for k in donor_weights if ".seg_layers." not in k]
+    assert same and all(torch.equal(teacher[k], donor_weights[k]) for k in same)
+    assert all(torch.equal(teacher[k], v) for k, v in trainer.network.state_dict().items())
+
+
+def test_two_runs_with_a_seed_are_equal(tiny):
+    finals = []
+    for _ in range(2):
+        torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
+        np.random.seed(None)
+        trainer = tiny.trainer(NAME, deterministic_seed=3, **SHORT | {"num_epochs": 1})
+        trainer.run_training()
+        finals.append(trainer.network.state_dict())
+    assert all(torch.equal(v, finals[1][k]) for k, v in finals[0].items())
+
+
+def test_fewer_than_five_cases_get_folds(datasets, use, tmp_path):
+    from conftest import LABELS, make_dataset
+
+    dataset = use(make_dataset(tmp_path / "few", LABELS["2 classes"], labelled=2, unlabelled=1))
+    trainer = dataset.trainer(NAME, fold=0)
+    trainer.initialize()
+    train, validation = trainer.do_split()
+    assert sorted([*train, *validation]) == ["lab0", "lab1"] and len(validation) == 1
+    splits = json.loads((dataset.preprocessed / "splits_final.json").read_text())
+    assert len(splits) == 2
+
+
+def test_a_fold_may_name_its_unlabelled_cases(use, tmp_path):
+    from conftest import LABELS, make_dataset
+
+    dataset = use(make_dataset(tmp_path / "own", LABELS["2 classes"], labelled=2, unlabelled=3))
+    split = [{"train": ["lab0"], "val": ["lab1"], "unlabeled": ["unl2"]}]
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps(split))
+    trainer = dataset.trainer(NAME, fold=0)
+    trainer.initialize()
+    assert trainer._prepare_unlabeled_cases() == ["unl2"]
+
+
+def test_compiled_run_keeps_stock_keys(tiny, monkeypatch):
+    """As with a GPU: the network is not wrapped, taps and plain call run compiled, Dice is compiled by nnU-Net."""
+    from nnunetv2_semisup.network import taps
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend="aot_eager"))
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
+    taps._compiled.cache_clear()
+    trainer = tiny.trainer(NAME)
+    trainer.initialize()
+    assert type(trainer.network).__name__ == "PlainConvUNet"
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: False)
+    plain = tiny.trainer(NAME)
+    plain.initialize()
+    assert list(trainer.network.state_dict()) == list(plain.network.state_dict())
+    plain.load_state = plain.network.load_state_dict(trainer.network.state_dict())
+    for t in (trainer, plain):
+        t.method.reset(t.network)
+        torch.manual_seed(2)
+        t.train_step(make_batch(t))
+    for key, value in plain.network.state_dict().items():
+        torch.testing.assert_close(trainer.network.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+    taps._compiled.cache_clear()
