@@ -88,8 +88,8 @@ def check() -> dict[str, str]:
                 ) from error
         if resolved is not expected:
             raise InputError(
-                f"nnU-Net resolves {name} to {inspect.getfile(resolved)}, not to {inspect.getfile(expected)}: "
-                f"remove the other one from {VARIABLE}={os.environ.get(VARIABLE)}"
+                f"nnU-Net resolves {name} to a class of the module {resolved.__module__}, not to ours in "
+                f"{inspect.getfile(expected)}: remove the other one from {VARIABLE}={os.environ.get(VARIABLE)}"
             )
         found[name] = inspect.getfile(resolved)
     return found

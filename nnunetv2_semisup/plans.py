@@ -19,13 +19,13 @@ DERIVED_FROM = "semisup_derived_from"  # key that marks a plans file as ours; it
 PRESET = "semisup_preset"  # key that holds the preset, null without one
 
 CPU_CONFIGURATIONS = ("2d", "3d_fullres")  # no cascade: its low resolution stage saves what the preset saves already
-CPU_SPACING_FACTOR = 3  # 27 times fewer voxels in 3D: LA trains at 0.2 s a step on two cores
+CPU_SPACING_FACTOR = 3  # a patch that a CPU can afford then still sees the whole organ
 CPU_VOXELS = {2: 128 * 128, 3: 64 * 48 * 32}  # per patch; 3D: what a whole LA case fills once downsampled
 CPU_BATCH_SIZE = {2: 8, 3: 2}  # 3D: nnU-Net's smallest; 2D: about as many voxels a step as in 3D
-CPU_FEATURES = (8, 16, 32, 64)  # a quarter of nnU-Net's widths, the last one repeated: convolutions cost its square
+CPU_FEATURES = (8, 16, 32, 64)  # a quarter of nnU-Net's, so a sixteenth of the work; the last one repeats
 MIN_EDGE = 4  # voxels, shortest edge of the bottleneck; nnU-Net's value
 MAX_POOLINGS = 999999  # nnU-Net's value for "no limit"
-LARGEST_PATCH = {2: 2048**2, 3: 256**3}  # voxels; nnU-Net's first guess before it is clipped to the image
+LARGEST_PATCH = {2: 2048**2, 3: 256**3}  # voxels; nnU-Net's first guess, then clipped to the image
 SAME_RESOLUTION = 2  # spacings within this factor count as equal, as in nnU-Net's topology function
 
 _NOT_PLANS = {"dataset", "dataset_fingerprint", "splits_final"}  # other JSON files that nnU-Net keeps in that folder

@@ -1,0 +1,558 @@
+import gzip
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from filelock import FileLock
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
+
+from nnunetv2_semisup.data import preprocess
+from nnunetv2_semisup.data.preprocess import SUFFIXES, pending_cases, preprocess_unlabeled
+from nnunetv2_semisup.errors import InputError
+
+CASES = ["un_0", "un_1", "un_2"]
+PACKAGE_ROOT = Path(preprocess.__file__).parents[2]
+
+
+def run(dataset, configuration="3d_fullres", processes=1, **kwargs):
+    """Call it, keeping quiet; returns ids."""
+    kwargs.setdefault("log", lambda line: None)
+    return preprocess_unlabeled(dataset.name, "nnUNetPlans", configuration, processes, **kwargs)
+
+
+def pending(dataset):
+    return pending_cases(dataset.name, "nnUNetPlans", "3d_fullres")
+
+
+def load(folder, case):
+    image, mask = (blosc2.open(str(folder / f"{case}{suffix}"))[:] for suffix in (".b2nd", "_seg.b2nd"))
+    return image, mask, load_pickle(str(folder / f"{case}.pkl"))
+
+
+def stamps(dataset):
+    return {file.name: file.stat().st_mtime_ns for file in dataset.folder.iterdir()}
+
+
+def assert_state(dataset, cases, reference=None):
+    """The folder holds exactly these cases, whole, recorded, and nothing is left beside it."""
+    assert sorted(f.name for f in dataset.folder.iterdir()) == sorted(c + s for c in cases for s in SUFFIXES)
+    assert sorted(json.loads(dataset.manifest.read_text())["cases"]) == sorted(cases)
+    assert not dataset.folder.with_name(dataset.folder.name + ".tmp").exists()
+    assert not list(dataset.preprocessed.glob("*.tmp"))
+    for case in cases:
+        image, mask, _ = load(dataset.folder, case)
+        assert np.isfinite(image).all() and image.shape[1:] == mask.shape[1:]
+        if reference is not None:
+            assert np.array_equal(image, reference[case])
+
+
+def processed_cases(monkeypatch):
+    """List that grows by every case processed in this process."""
+    seen = []
+    original = preprocess._preprocess_case
+
+    def spy(job):
+        seen.append(job.case)
+        original(job)
+
+    monkeypatch.setattr(preprocess, "_preprocess_case", spy)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def reference(planned_dataset, tmp_path_factory):
+    """Case id -> image that nnU-Net makes of it when it is a labelled case; also the masks, per configuration."""
+    plans = planned_dataset.plans
+    result = {}
+    for configuration_name in ("3d_fullres", "2d"):
+        configuration = plans.get_configuration(configuration_name)
+        for case in CASES:
+            files = planned_dataset.images(case)
+            label = str(tmp_path_factory.mktemp("label") / "label.nii.gz")
+            image = sitk.ReadImage(files[0])
+            array = (sitk.GetArrayFromImage(image) > 150).astype(np.uint8)
+            fake = sitk.GetImageFromArray(array)
+            fake.CopyInformation(image)
+            sitk.WriteImage(fake, label)
+            result[configuration_name, case] = configuration.preprocessor_class(verbose=False).run_case(
+                files, label, plans, configuration, planned_dataset.dataset_json
+            )
+    return result
+
+
+@pytest.fixture(scope="module")
+def images(reference):
+    return {case: image for (configuration, case), (image, _, _) in reference.items() if configuration == "3d_fullres"}
+
+
+# ---------------------------------------------------------------------------------------------------------- what is made
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
+def test_images_equal_stock_preprocessing_of_a_labelled_case(dataset, reference, configuration):
+    assert run(dataset, configuration) == CASES
+    folder = dataset.preprocessed / f"nnUNetPlans_{configuration}_unlabeled"
+    for case in CASES:
+        image, mask, properties = load(folder, case)
+        stock_image, stock_label, stock_properties = reference[configuration, case]
+        assert stock_label.max() == 1 and len(stock_properties["class_locations"][1]) > 0  # it was labelled
+        assert image.dtype == np.float32 and np.array_equal(image, stock_image)
+        assert "class_locations" not in properties
+        assert properties["shape_before_cropping"] == stock_properties["shape_before_cropping"]
+        # The nonzero mask, as the mask for normalisation needs it.
+        assert set(np.unique(mask)) == {-1, 0}
+        assert np.array_equal(mask < 0, stock_label < 0)
+    assert infer_dataset_class(str(folder)) is nnUNetDatasetBlosc2
+    assert sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder))) == CASES
+
+
+def test_mr_is_masked_and_ct_uses_the_plans_statistics(dataset):
+    run(dataset)
+    statistics = dataset.plans.foreground_intensity_properties_per_channel["1"]
+    image, mask, properties = load(dataset.folder, "un_1")  # has the plans' spacing: not resampled
+    crop = tuple(slice(a, b) for a, b in properties["bbox_used_for_cropping"])
+    ct = sitk.GetArrayFromImage(sitk.ReadImage(dataset.images("un_1")[1]))[crop]
+    expected = np.clip(ct, statistics["percentile_00_5"], statistics["percentile_99_5"])
+    expected = (expected - statistics["mean"]) / statistics["std"]
+    np.testing.assert_allclose(image[1], expected, rtol=1e-5, atol=1e-5)
+    assert (image[0][mask[0] < 0] == 0).all()
+    np.testing.assert_allclose(image[0][mask[0] == 0].mean(), 0, atol=1e-5)
+    np.testing.assert_allclose(image[0][mask[0] == 0].std(), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", ["corrupt", "missing"])
+def test_no_label_is_opened(dataset, monkeypatch, poison):
+    labels = dataset.raw / "labelsTr"
+    if poison == "missing":
+        shutil.rmtree(labels)
+    else:
+        for label in labels.iterdir():
+            label.write_bytes(b"not an image")
+
+    def refuse(*args):
+        raise AssertionError("a segmentation was opened")
+
+    monkeypatch.setattr(SimpleITKIO, "read_seg", refuse)
+    assert run(dataset) == CASES
+
+
+def test_two_processes_of_a_pool_give_the_same(dataset, images):
+    assert run(dataset, processes=2) == CASES
+    assert_state(dataset, CASES, images)
+
+
+# ------------------------------------------------------------------------------------------------- missing, stale, gone
+
+
+def test_second_call_changes_nothing(dataset, monkeypatch):
+    run(dataset)
+    seen, before, lines = processed_cases(monkeypatch), stamps(dataset), []
+    assert run(dataset, log=lines.append) == CASES
+    assert not seen and stamps(dataset) == before
+    assert lines == [f"3 unlabelled cases are preprocessed in {dataset.folder}"]
+
+
+@pytest.mark.parametrize("change", ["content", "time", "added"])
+def test_changed_images_are_redone_alone(dataset, images, monkeypatch, change):
+    run(dataset)
+    before = stamps(dataset)
+    first, second = dataset.images("un_1")
+    if change == "content":
+        image = sitk.ReadImage(first)
+        sitk.WriteImage(image * 2, first)
+    elif change == "time":
+        os.utime(second)
+    else:
+        for old in (first, second):
+            shutil.copy2(old, old.replace("un_1", "un_9"))
+    changed = "un_9" if change == "added" else "un_1"
+    assert pending(dataset) == [changed]
+    seen = processed_cases(monkeypatch)
+    assert run(dataset) == sorted({*CASES, changed})
+    assert seen == [changed]
+    after = stamps(dataset)
+    assert {name: t for name, t in after.items() if changed not in name} == {
+        name: t for name, t in before.items() if changed not in name
+    }
+    assert pending(dataset) == []
+
+
+def change_spacing(plans):
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
+
+
+def change_ct_statistics(plans):
+    plans["foreground_intensity_properties_per_channel"]["1"]["mean"] += 10
+
+
+def change_mask(plans):
+    plans["configurations"]["3d_fullres"]["use_mask_for_norm"] = [False, False]
+
+
+def change_resampling(plans):
+    plans["configurations"]["3d_fullres"]["resampling_fn_data_kwargs"]["order"] = 1
+
+
+@pytest.mark.parametrize("change", [change_spacing, change_ct_statistics, change_mask, change_resampling])
+def test_plans_that_change_the_result_make_all_stale(dataset, change):
+    run(dataset)
+    image, _, _ = load(dataset.folder, "un_0")
+    dataset.edit_plans(change)
+    assert pending(dataset) == CASES
+    assert run(dataset) == CASES
+    changed, _, _ = load(dataset.folder, "un_0")
+    assert changed.shape != image.shape or not np.allclose(changed, image)
+    assert_state(dataset, CASES)
+
+
+def test_plans_that_do_not_change_the_result_keep_all(dataset):
+    run(dataset)
+    dataset.edit_plans(lambda plans: plans["configurations"]["3d_fullres"].update(patch_size=[8, 8, 8], batch_size=7))
+    dataset.edit_plans(lambda plans: plans.update(semisup={"nnUNetTrainerMeanTeacher": {}}))
+    assert pending(dataset) == []
+
+
+def test_removed_case_disappears(dataset, images):
+    run(dataset)
+    for file in dataset.images("un_1"):
+        os.remove(file)
+    assert pending(dataset) == []
+    assert run(dataset) == ["un_0", "un_2"]
+    assert_state(dataset, ["un_0", "un_2"], images)
+
+
+def test_incomplete_files_and_orphans_are_mended(dataset, images):
+    run(dataset)
+    (dataset.folder / "un_0.pkl").unlink()
+    with (dataset.folder / "un_1.b2nd").open("r+b") as file:
+        file.truncate(100)  # as a copy that was interrupted
+    (dataset.folder / "orphan.b2nd").touch()
+    (dataset.folder / "orphan.pkl").touch()
+    assert pending(dataset) == ["un_0", "un_1"]
+    assert run(dataset) == CASES
+    assert_state(dataset, CASES, images)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"plans": 1}'])
+def test_damaged_manifest_means_all_is_redone(dataset, images, text):
+    run(dataset)
+    dataset.manifest.write_text(text)
+    assert pending(dataset) == CASES
+    run(dataset)
+    assert_state(dataset, CASES, images)
+
+
+def test_chosen_cases_only(dataset, images):
+    assert run(dataset, identifiers=["un_2"]) == ["un_2"]
+    assert_state(dataset, ["un_2"], images)
+    assert pending(dataset) == ["un_0", "un_1"]
+    assert run(dataset, identifiers=["un_2", "un_0"]) == ["un_0", "un_2"]
+    assert_state(dataset, ["un_0", "un_2"], images)
+    with pytest.raises(InputError, match="no such cases in imagesUn: lab_0"):
+        run(dataset, identifiers=["un_0", "lab_0"])
+
+
+# --------------------------------------------------------------------------------------------------------- wrong images
+
+
+def rewrite(file, change):
+    image = sitk.ReadImage(file)
+    array = change(sitk.GetArrayFromImage(image))
+    changed = sitk.GetImageFromArray(array)
+    changed.SetSpacing(image.GetSpacing())
+    sitk.WriteImage(changed, file)
+
+
+def with_value(value):
+    def change(array):
+        array[8, 10, 12] = value
+        return array
+
+    return change
+
+
+def truncate(file):
+    content = Path(file).read_bytes()
+    Path(file).write_bytes(content[: len(content) // 2])
+
+
+def truncate_unzipped(file):
+    content = gzip.decompress(Path(file).read_bytes())
+    Path(file).write_bytes(gzip.compress(content[: len(content) // 2]))
+
+
+DAMAGE = {
+    "truncated": (truncate, "un_1_0001.nii.gz"),
+    "truncated before compression": (truncate_unzipped, "un_1_0001.nii.gz"),
+    "no image": (lambda file: Path(file).write_text("hello"), "un_1_0001.nii.gz"),
+    "NaN": (lambda file: rewrite(file, with_value(np.nan)), "NaN or infinite values in channel 1"),
+    "infinity": (lambda file: rewrite(file, with_value(np.inf)), "NaN or infinite values in channel 1"),
+    "other shape": (lambda file: rewrite(file, lambda a: a[1:]), "its channels differ in shape or voxel size"),
+    "more channels": (lambda file: rewrite(file, lambda a: np.stack([a, a])), "un_1_0001.nii.gz"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_bad_image_is_named_and_the_others_stay(dataset, images, damage):
+    harm, message = DAMAGE[damage]
+    good = Path(dataset.images("un_1")[1]).read_bytes()
+    harm(dataset.images("un_1")[1])
+    with pytest.raises(InputError) as error:
+        run(dataset)
+    text = str(error.value)
+    assert message in text and dataset.images("un_1")[1] in text and "remove it from imagesUn" in text
+    assert "\n" not in text and error.value.__cause__ is not None
+    assert_state(dataset, ["un_0"], images)
+
+    Path(dataset.images("un_1")[1]).write_bytes(good)
+    assert pending(dataset) == ["un_1", "un_2"]
+    assert run(dataset) == CASES
+    assert_state(dataset, CASES, images)
+
+
+def test_all_channels_wrong_in_the_same_way(dataset):
+    for file in dataset.images("un_1"):
+        rewrite(file, lambda array: np.stack([array, array]))
+    with pytest.raises(InputError, match="un_1_0000.nii.gz.* it has 4 channels, the plans expect 2"):
+        run(dataset)
+
+
+def test_empty_image_is_no_error(dataset):
+    for file in dataset.images("un_1"):
+        rewrite(file, np.zeros_like)
+    assert run(dataset) == CASES
+
+
+def test_error_in_a_pool_names_the_image_and_keeps_whole_cases_only(dataset, images):
+    truncate(dataset.images("un_0")[0])
+    with pytest.raises(InputError, match=r"un_0_0000.nii.gz, .*un_0_0001.nii.gz cannot be preprocessed"):
+        run(dataset, processes=2)
+    assert_state(dataset, json.loads(dataset.manifest.read_text())["cases"], images)
+    assert "un_0" in pending(dataset)
+    assert not multiprocessing.active_children()
+
+
+# -------------------------------------------------------------------------------------------------------- interruptions
+
+
+def test_killed_at_every_file_operation(dataset, tmp_path, images, monkeypatch):
+    """A copy of the folder at each rename is what kill -9 at that moment leaves."""
+    snapshots = []
+    original = os.replace
+
+    def replace(source, target):
+        snapshots.append(tmp_path / f"snapshot{len(snapshots)}")
+        shutil.copytree(dataset.preprocessed, snapshots[-1])
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        run(dataset)
+    assert len(snapshots) == 1 + 3 * (3 + 1)  # an empty manifest, then per case three files and the manifest
+
+    for number, snapshot in enumerate(snapshots):
+        shutil.rmtree(dataset.preprocessed)
+        snapshot.rename(dataset.preprocessed)
+        done = max(0, (number - 1) // 4)
+        assert len(pending(dataset)) == 3 - done
+        assert run(dataset) == CASES
+        assert_state(dataset, CASES, images)
+
+
+SCRIPT = """
+import json, sys, time
+from pathlib import Path
+from nnunetv2_semisup.data import preprocess
+
+name, manifest, wait_at = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+original = preprocess._preprocess_case
+
+def slow(job):
+    if job.case == wait_at:
+        Path(job.output + ".b2nd").write_bytes(b"half a file")
+        print("waiting", flush=True)
+        time.sleep(60)
+    print("processing", job.case, flush=True)
+    time.sleep(0.3)
+    original(job)
+
+preprocess._preprocess_case = slow
+print("ready", flush=True)
+sys.stdin.readline()
+log = lambda line: print("log", line, flush=True)
+print(preprocess.preprocess_unlabeled(name, "nnUNetPlans", "3d_fullres", 1, log=log), flush=True)
+"""
+
+
+def start_script(dataset, wait_at=""):
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, dataset.name, str(dataset.manifest), wait_at],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def read_until(process, line):
+    lines = []
+    while not lines or not lines[-1].startswith(line):
+        lines.append(process.stdout.readline())
+        assert lines[-1], f"ended before {line!r}: {lines}"
+    return lines
+
+
+def test_kill_9_then_two_processes_at_once(dataset, images):
+    processes = [start_script(dataset, wait_at="un_1"), start_script(dataset), start_script(dataset)]
+    for process in processes:
+        read_until(process, "ready")
+
+    # Killed within the second case: the first is there, of the second nothing.
+    killed, *others = processes
+    killed.stdin.write("\n")
+    killed.stdin.flush()
+    read_until(killed, "waiting")
+    assert list(json.loads(dataset.manifest.read_text())["cases"]) == ["un_0"]
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert (dataset.preprocessed / (dataset.folder.name + ".tmp")).exists()
+    assert pending(dataset) == ["un_1", "un_2"]
+
+    # Two at once share what is left: each case is processed once, the second process waits and finds it done.
+    outputs = [process.communicate("\n", timeout=50)[0] for process in _together(others)]
+    assert all(process.returncode == 0 for process in others)
+    assert all(output.splitlines()[-1] == str(CASES) for output in outputs)
+    processed = [line for output in outputs for line in output.splitlines() if line.startswith("processing")]
+    assert sorted(processed) == ["processing un_1", "processing un_2"]
+    assert sum("waiting for it" in output for output in outputs) == 1
+    assert_state(dataset, CASES, images)
+
+
+def _together(processes):
+    """Let all go before the first is waited for."""
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return processes
+
+
+def test_waiting_for_the_lock_is_said(dataset):
+    lock = FileLock(str(dataset.folder) + ".lock")
+    lock.acquire()
+    lines = []
+
+    def log(line):
+        lines.append(line)
+        lock.release()
+
+    assert run(dataset, log=log) == CASES
+    assert "Another process is preprocessing these unlabelled images" in lines[0]
+
+
+def when_workers_live(action):
+    """Run ``action`` in a thread once this process has child processes."""
+
+    def watch():
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        action()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_killed_worker_is_explained(dataset):
+    thread = when_workers_live(lambda: multiprocessing.active_children()[0].kill())
+    with pytest.raises(InputError, match=r"lack of memory.*preprocess -d 508 -p nnUNetPlans -c 3d_fullres -np 1$"):
+        run(dataset, processes=2)
+    thread.join()
+    assert not multiprocessing.active_children()
+    assert_state(dataset, json.loads(dataset.manifest.read_text())["cases"])
+
+
+def test_ctrl_c_ends_the_workers(dataset):
+    thread = when_workers_live(lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, processes=2)
+    thread.join()
+    assert not multiprocessing.active_children()
+    assert_state(dataset, json.loads(dataset.manifest.read_text())["cases"])
+
+
+def test_no_more_processes_than_cases(dataset, monkeypatch):
+    counts = []
+    monkeypatch.setattr(preprocess, "_run_in_pool", lambda jobs, workers, publish: counts.append(workers))
+    run(dataset, processes=8)
+    assert counts == [3]
+
+
+# ------------------------------------------------------------------------------------- without raw data, without plans
+
+
+@pytest.mark.parametrize("absence", ["dataset", "variable"])
+def test_without_raw_images_the_earlier_ones_serve(dataset, monkeypatch, absence):
+    run(dataset)
+    (dataset.folder / "un_1.pkl").unlink()
+    if absence == "dataset":
+        shutil.rmtree(dataset.raw)
+    else:
+        monkeypatch.delenv("nnUNet_raw")
+    lines, before = [], stamps(dataset)
+    assert run(dataset, log=lines.append) == ["un_0", "un_2"]
+    assert lines[0] == f"No imagesUn at hand: using the 2 cases preprocessed earlier in {dataset.folder}"
+    assert lines[1] == "WARNING: not used, because their preprocessed files are incomplete: un_1"
+    assert stamps(dataset) == before and pending(dataset) == []
+    assert run(dataset, identifiers=["un_2"]) == ["un_2"]
+    with pytest.raises(InputError, match="no such cases in .*_unlabeled: un_1"):
+        run(dataset, identifiers=["un_1"])
+
+
+@pytest.mark.parametrize("absence", ["dataset", "variable"])
+@pytest.mark.parametrize("earlier", ["none", "other plans"])
+def test_without_raw_images_and_earlier_ones(dataset, monkeypatch, absence, earlier):
+    if earlier == "other plans":
+        run(dataset)
+        dataset.edit_plans(change_spacing)
+    if absence == "dataset":
+        shutil.rmtree(dataset.raw / "imagesUn")
+    else:
+        monkeypatch.delenv("nnUNet_raw")
+    with pytest.raises(InputError, match=r"imagesUn is not there .* holds no case made with these plans: put"):
+        run(dataset)
+    with pytest.raises(InputError, match="imagesUn is not there"):
+        pending(dataset)
+
+
+def test_missing_plans_and_configurations_name_the_command(dataset, monkeypatch):
+    command = "run nnUNetv2_plan_and_preprocess -d 508"
+    with pytest.raises(InputError, match=f"{command}, or choose one of the plans there with -p: nnUNetPlans$"):
+        preprocess_unlabeled(dataset.name, "nnUNetResEncUNetMPlans", "3d_fullres", 1)
+    with pytest.raises(
+        InputError, match=f"has no configuration '3d_lowres': choose one of .*3d_fullres.*, or {command}"
+    ):
+        run(dataset, "3d_lowres")
+    dataset.plans_file.write_text("[]")
+    with pytest.raises(InputError, match=f"nnUNetPlans.json is no plans file: {command}"):
+        run(dataset)
+    dataset.plans_file.unlink()
+    with pytest.raises(InputError, match=f"nnUNetPlans.json does not exist: {command}$"):
+        run(dataset)
+    monkeypatch.delenv("nnUNet_preprocessed")
+    with pytest.raises(InputError, match="nnUNet_preprocessed is not set"):
+        run(dataset)
