@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -73,6 +74,27 @@ def resolve(settings_class: type[SemiSupSettings], overrides: dict, where: str) 
         raise InputError(f"{where}: {error}") from None
 
 
+def of_trainer(plans: dict, trainer_name: str, settings_class: type[SemiSupSettings]) -> SemiSupSettings:
+    """Settings of ``trainer_name`` (without epoch suffix) with the overrides of ``plans``.
+
+    Raises:
+        InputError: the plans name an unknown trainer, or as :func:`resolve`.
+    """
+    from nnunetv2_semisup import discovery  # imports every trainer
+
+    overrides = plans.get("semisup", {})
+    where = f"{plans.get('plans_name', 'plans')}.json: semisup"
+    if not isinstance(overrides, dict):
+        raise InputError(f"{where}: expected trainer names, got {overrides!r}")
+    for name in overrides:
+        if name != trainer_name:
+            try:
+                discovery.settings_class(name)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+    return resolve(settings_class, overrides.get(trainer_name, {}), f"{where}: {trainer_name}")
+
+
 def parse_value(text: str):
     """Read a value typed on the command line: JSON where it is JSON (``0.9``, ``true``), else the text itself."""
     try:
@@ -95,7 +117,7 @@ def _checked(value, hint, where: str):
             return None
         if origin is typing.Literal and value in typing.get_args(option):
             return value
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if option is float and type(value) in (int, float) and math.isfinite(value):
             return float(value)
         if option in (int, str, bool) and type(value) is option:
             return value

@@ -26,7 +26,8 @@ class Teacher(AveragedModel):
         self.module.decoder.deep_supervision = False
 
     def _average(self, teacher: list[torch.Tensor], student: list[torch.Tensor], updates: torch.Tensor) -> None:
-        torch._foreach_lerp_(teacher, student, 1.0 - min(1.0 - 1.0 / (int(updates) + 1), self.decay))
+        # Not from ``updates``, which AveragedModel has moved to the GPU.
+        torch._foreach_lerp_(teacher, student, 1.0 - min(1.0 - 1.0 / (int(self.n_averaged) + 1), self.decay))
 
     def reset(self, network: nn.Module) -> None:
         """Become a copy of ``network`` and forget how many updates there were."""

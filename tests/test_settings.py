@@ -36,6 +36,7 @@ def test_overrides_and_json_round_trip():
         ({"wieght": 1}, "unknown setting 'wieght'.*weight"),
         ({"weight": "1"}, "weight = '1' has the wrong type.*float"),
         ({"weight": True}, "wrong type"),
+        ({"weight": float("nan")}, "wrong type"),
         ({"weight": -1}, "plans: setting weight = -1.0 is out of range"),
         ({"mode": "slow"}, "mode = 'slow' has the wrong type"),
         ({"use": 1}, "wrong type"),

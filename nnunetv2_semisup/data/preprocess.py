@@ -8,6 +8,7 @@ removed by the next call. One process works at a time, under a file lock.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -29,6 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
@@ -101,9 +104,7 @@ def preprocess_unlabeled(
     if survey.images is None:
         log(f"No {RAW_FOLDER} at hand: using the {len(survey.recorded)} cases preprocessed earlier in {task.folder}")
         if survey.lost:
-            log(
-                f"WARNING: {len(survey.lost)} more cases were preprocessed, but are not whole: {', '.join(survey.lost)}"
-            )
+            log(f"WARNING: not used, because their preprocessed files are incomplete: {', '.join(survey.lost)}")
         return _wanted(task, survey, identifiers)
     if not survey.pending_of(_wanted(task, survey, identifiers)) and not survey.strays:
         log(f"{len(survey.recorded)} unlabelled cases are preprocessed in {task.folder}")
@@ -407,11 +408,17 @@ def _preprocess_case(job: _Job) -> None:
 
 
 def _checked(preprocessor_class: type[DefaultPreprocessor]) -> type[DefaultPreprocessor]:
-    """The plans' preprocessor, which also checks values and names the files in its errors."""
+    """The plans' preprocessor, which also checks values and names the files in its errors.
+
+    Values are those that nnU-Net's reader delivers: ITK turns NaN and infinity in NIfTI files into 0, for labelled
+    images too, other formats and readers keep them.
+    """
 
     class Checked(preprocessor_class):
         def run_case(self, image_files, *args, **kwargs):
             try:
+                for file in image_files:
+                    _require_whole_nifti(file)
                 data, mask, properties = super().run_case(image_files, *args, **kwargs)
                 _require_finite(data)
             except _IMAGE_ERRORS as error:
@@ -429,6 +436,28 @@ def _checked(preprocessor_class: type[DefaultPreprocessor]) -> type[DefaultPrepr
             return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
 
     return Checked
+
+
+def _require_whole_nifti(file: str) -> None:
+    """ITK reads a NIfTI file that was cut off without complaint and fills the rest with zeros, so count its bytes."""
+    if not file.endswith((".nii", ".nii.gz")):
+        return
+    with open(file, "rb") as stream:
+        is_compressed = stream.read(2) == b"\x1f\x8b"
+    name = os.path.basename(file)
+    with gzip.open(file) if is_compressed else open(file, "rb") as stream:
+        start = stream.read(4)
+        header_class = Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else Nifti1Header
+        header_size = header_class.template_dtype.itemsize
+        start += stream.read(header_size - len(start))
+        if len(start) < header_size:
+            raise ValueError(f"{name} is no NIfTI image")
+        header = header_class(start, check=False)
+        shape = header["dim"][1 : 1 + header["dim"][0]].astype(np.int64)
+        expected = int(header["vox_offset"]) + int(shape.prod()) * int(header["bitpix"]) // 8
+        found = header_size + sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
+    if found < expected:
+        raise ValueError(f"{name} is cut off, {found} of {expected} bytes are there")
 
 
 def _require_channels(data: np.ndarray, configuration: ConfigurationManager) -> None:

@@ -1,7 +1,7 @@
 """Everything that semi-supervised methods share: the only file here that talks to nnU-Net's trainer.
 
-A method (:class:`SemiSupMethod`) yields groups of loss terms; :class:`nnUNetTrainerSemiSup` does the rest. A new method
-is one new file in this folder with a settings dataclass, a subclass of each, and no list to edit.
+A method (``SemiSupMethod`` in ``method.py``) yields groups of loss terms; :class:`nnUNetTrainerSemiSup` does the rest. A
+new method is one new file in this folder with a settings dataclass and a subclass of each; there is no list to edit.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import io
 import json
 import math
 import os
-import pickle
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from time import strftime, time
-from typing import Any, ClassVar
+from time import time
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +29,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from nnunetv2_semisup import __version__
+from nnunetv2_semisup import __version__, checkpoints
 from nnunetv2_semisup import settings as settings_module
 from nnunetv2_semisup.data import folders, loader, preprocess, splits
 from nnunetv2_semisup.distributed import average_gradients, broadcast_state, is_distributed
@@ -40,84 +37,11 @@ from nnunetv2_semisup.errors import InputError, TrainingFailed
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.settings import SemiSupSettings
 from nnunetv2_semisup.stopping import StopRequest
+from nnunetv2_semisup.trainers.method import SemiSupMethod, TaskInfo
 from nnunetv2_semisup.training_log import TrainingLog
-
-Group = dict[str, tuple[float, Tensor]]
 
 MAX_GRADIENT_NORM = 12  # nnU-Net's value
 MAX_OVERFLOWS_IN_A_ROW = 20  # a GradScaler that starts at 2^16 has passed every sensible scale by then
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """What a method may know about the task. It never sees paths, the optimiser, processes or mixed precision.
-
-    Attributes:
-        supervised_loss: nnU-Net's loss as a function of (logits, target), each a list under deep supervision.
-        num_heads: output channels; with softmax they include the background.
-        has_regions: True for region-based (sigmoid) training.
-        ignore_label: value in the labelled target that carries no label, or None. Predictions never contain it.
-        patch_size: voxels per axis, 2 or 3 entries.
-        spacing_mm: voxel size per axis of the patch.
-    """
-
-    supervised_loss: Callable[[Any, Any], Tensor]
-    num_heads: int
-    has_regions: bool
-    ignore_label: int | None
-    patch_size: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
-
-
-class SemiSupMethod(nn.Module):
-    """What a method is: loss terms, and whatever it needs beside the network (teacher, heads, banks).
-
-    The network is an argument of every function and never a submodule, or it would be saved and optimised twice.
-    Parameters that require a gradient are optimised and everything in the state dict is saved.
-    """
-
-    settings_class: ClassVar[type[SemiSupSettings]] = SemiSupSettings
-    #: Settings that, all at zero, leave exactly nnU-Net's own step.
-    unsupervised_weights: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, network: nn.Module, task: TaskInfo, settings: SemiSupSettings):
-        """Build what is needed beside ``network``, which may be looked at and copied but not kept."""
-        super().__init__()
-        self.task = task
-        self.settings = settings
-
-    def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
-        """Yield groups of terms ``{name: (weight, value)}``; the groups share no graph.
-
-        The trainer back-propagates each group before it asks for the next, so peak memory is that of the largest one.
-        Never yield inside ``torch.no_grad()`` or ``autocast``: the mode would leak into the trainer's backward.
-
-        Args:
-            network: the planned network, in training mode.
-            labelled: ``data`` (B, C, X, Y, Z) float32; ``target`` as the supervised loss takes it; ``keys``: ids.
-            unlabelled: ``data`` (U, C, X, Y, Z) float32, spatially augmented only; ``keys``. There is no target.
-            progress: share of optimiser steps done, in [0, 1).
-        """
-        raise NotImplementedError
-
-    def supervised(self, network: nn.Module, labelled: dict) -> Group:
-        """The stock step's loss as a group of its own; most methods yield it last."""
-        output, _ = taps.decode(network, taps.encode(network, labelled["data"]))
-        return {"supervised": (1.0, self.task.supervised_loss(output, labelled["target"]))}
-
-    def after_step(self, network: nn.Module) -> None:
-        """Update teacher or banks after the optimiser's step; skipped when the step was."""
-
-    def reset(self, network: nn.Module) -> None:
-        """Called once before a fresh run's first step, when ``network`` has its start (maybe pre-trained) weights."""
-
-    def diagnostics(self) -> dict[str, Tensor]:
-        """Scalars of the last step for the log, no gradient; name shares in [0, 1] ``share_<what>``."""
-        return {}
-
-    def inference_network(self, network: nn.Module) -> nn.Module:
-        """The network whose weights are validated and written for prediction; same keys as ``network``."""
-        return network
 
 
 class nnUNetTrainerSemiSup(nnUNetTrainer):
@@ -158,20 +82,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     @classmethod
     def _resolve_settings(cls, plans: dict) -> SemiSupSettings:
-        from nnunetv2_semisup import discovery
-
-        all_overrides = plans.get("semisup", {})
-        where = f"{plans.get('plans_name', 'plans')}.json: semisup"
-        if not isinstance(all_overrides, dict):
-            raise InputError(f"{where}: expected trainer names, got {all_overrides!r}")
-        for name in all_overrides:
-            if name != cls.base_name():
-                try:
-                    discovery.settings_class(name)
-                except InputError as error:
-                    raise InputError(f"{where}: {error}") from None
-        overrides = all_overrides.get(cls.base_name(), {})
-        resolved = settings_module.resolve(cls.method_class.settings_class, overrides, f"{where}: {cls.base_name()}")
+        resolved = settings_module.of_trainer(plans, cls.base_name(), cls.method_class.settings_class)
         if cls.epochs_of_name is not None:
             resolved = dataclasses.replace(resolved, num_epochs=cls.epochs_of_name)
         return resolved
@@ -183,7 +94,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
                 f"its unlabelled images would need predictions of the first stage. Train 3d_fullres or 3d_lowres."
             )
         if self.settings.deterministic_seed is not None:
-            self._seed(self.settings.deterministic_seed)
+            torch.manual_seed(self.settings.deterministic_seed)
         super().initialize()
         taps.check_supported(self.bare_network)
         if self._do_i_compile():
@@ -224,9 +135,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         steps = self.current_epoch * self.num_iterations_per_epoch + self._steps_in_epoch
         return steps / (self.num_epochs * self.num_iterations_per_epoch)
 
-    def _seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
+    @property
+    def _loader_seed(self) -> int:
+        """Differs between epochs, so that a resumed run does not draw the first epochs' patches again, and processes."""
+        return (self.settings.deterministic_seed + 1000 * self.current_epoch + 1_000_003 * self.local_rank) % 2**31
 
     # ------------------------------------------------------------------------------------------------- the two streams
 
@@ -288,13 +200,13 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         """nnU-Net's own augmenter around ``data_loader``, already running."""
         if workers == 0:
             return SingleThreadedAugmenter(data_loader, None)
-        seed = self.settings.deterministic_seed
+        seeded = self.settings.deterministic_seed is not None
         augmenter = NonDetMultiThreadedAugmenter(
             data_loader,
             None,
             workers,
             cached,
-            seeds=None if seed is None else [seed + 1000 * self.current_epoch + i for i in range(workers)],
+            seeds=[self._loader_seed + i for i in range(workers)] if seeded else None,
             pin_memory=self.device.type == "cuda",
             wait_time=0.002,
         )
@@ -314,6 +226,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def run_training(self):
         try:
             super().run_training()
+        except TrainingFailed:
+            raise
         except RuntimeError:
             # Ctrl-C reaches the workers too; nnU-Net then reports them as dead.
             if not self._stop.wanted:
@@ -330,14 +244,16 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self.initialize()
         self.unlabeled_cases = self._prepare_unlabeled_cases()
         if self.settings.deterministic_seed is not None:
-            self._seed(self.settings.deterministic_seed + 1000 * self.current_epoch)
+            torch.manual_seed(self._loader_seed)
+            np.random.seed(self._loader_seed)
         if not self._resumed:
             self.method.reset(self.bare_network)
         broadcast_state(self.bare_network, self.method)
         super().on_train_start()
         if self.local_rank == 0:
             if not self._resumed:
-                self._set_aside_older_checkpoints()
+                for old, new in checkpoints.set_aside(Path(self.output_folder)):
+                    self.print_to_log_file(f"An earlier run left {old.name} here: renamed to {new.name}")
             self._write_settings()
         self._last_save = time()
         self._stop.listen()
@@ -413,13 +329,12 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if self._overflows_in_a_row < (1 if self.grad_scaler is None else MAX_OVERFLOWS_IN_A_ROW):
             return
         bad = [k for k, v in named.items() if not math.isfinite(v)] or ["a value on another process"]
-        failed = os.path.join(self.output_folder, "checkpoint_failed.pth")
-        self.save_checkpoint(failed)
+        saved = self._save("checkpoint_failed.pth")
         raise TrainingFailed(
             f"{', '.join(bad)} not finite in epoch {self.current_epoch}, step {self._steps_in_epoch}; labelled cases "
             f"{', '.join(map(str, batch['keys']))}; "
             f"unlabelled cases {', '.join(map(str, batch['unlabelled']['keys']))}. "
-            f"State written to {failed}; checkpoint_latest.pth is as it was."
+            f"{saved} checkpoint_latest.pth is as it was."
         )
 
     def _autocast(self):
@@ -493,7 +408,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         buffer.seek(0)
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
         inference = self.method.inference_network(self.bare_network)
-        checkpoint["semisup"] = {
+        checkpoint[checkpoints.KEY] = {
             "trainer": self.base_name(),
             "version": __version__,
             "settings": settings_module.as_json(self.settings),
@@ -502,14 +417,12 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             "training_weights": None if inference is self.bare_network else checkpoint["network_weights"],
         }
         checkpoint["network_weights"] = inference.state_dict()
-        temporary = f"{filename}.tmp"
-        torch.save(checkpoint, temporary)
-        os.replace(temporary, filename)
+        checkpoints.write(checkpoint, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
             self.initialize()
-        ours = self._read_own_part(filename_or_checkpoint)
+        ours = checkpoints.read_own_part(filename_or_checkpoint, self.base_name())
         super().load_checkpoint(filename_or_checkpoint)
         self.method.load_state_dict(ours["method"])
         if ours["training_weights"] is not None:
@@ -527,39 +440,25 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self.print_to_log_file(f"WARNING: setting {key} is now {now!r}, was {before!r} in {filename_or_checkpoint}")
         self._resumed = True
 
-    def _read_own_part(self, filename: str) -> dict[str, Any]:
-        """The checkpoint's key "semisup", or an InputError if it is not a checkpoint of this method."""
-        try:
-            checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-            raise InputError(f"{filename} cannot be read ({error}): remove it, or copy it here again") from error
-        trainer = checkpoint.get("semisup", {}).get("trainer", checkpoint.get("trainer_name"))
-        if "semisup" not in checkpoint or trainer != self.base_name():
-            raise InputError(
-                f"{filename} is a checkpoint of {trainer}, {self.base_name()} cannot continue it: start a new run, "
-                f"with -pretrained_weights {filename} if its network is to be the start"
-            )
-        return checkpoint["semisup"]
-
     def _save_and_leave(self) -> None:
         """Save so that ``--c`` repeats the interrupted epoch, then exit with 128 + the signal's number."""
         self._use_training_weights()
-        latest = os.path.join(self.output_folder, "checkpoint_latest.pth")
         self.current_epoch -= 1  # save_checkpoint writes current_epoch + 1
-        self.save_checkpoint(latest)
+        saved = self._save("checkpoint_latest.pth")
         self.current_epoch += 1
         self.print_to_log_file(
-            f"Stopped by {self._stop.name} in epoch {self.current_epoch}. Saved {latest}; the same command with "
-            f"--c repeats this epoch and goes on."
+            f"Stopped by {self._stop.name} in epoch {self.current_epoch}. {saved} The same command with --c repeats "
+            f"the epoch of the checkpoint and goes on."
         )
         sys.exit(self._stop.exit_code)
 
-    def _set_aside_older_checkpoints(self) -> None:
-        """Rename checkpoints of an earlier run: ``--c`` would otherwise finish that one instead of this."""
-        for old in sorted(Path(self.output_folder).glob("checkpoint_*.pth")):
-            new = old.with_name(f"previous_{strftime('%Y%m%d_%H%M%S')}_{old.name}")
-            os.replace(old, new)
-            self.print_to_log_file(f"An earlier run left {old.name} here: renamed to {new.name}")
+    def _save(self, name: str) -> str:
+        """Save into the output folder; returns a sentence that says so, or that checkpoints are switched off."""
+        if self.disable_checkpointing:
+            return "Nothing was saved (--disable_checkpointing)."
+        file = os.path.join(self.output_folder, name)
+        self.save_checkpoint(file)
+        return f"Saved {file}."
 
     def _write_settings(self) -> None:
         weights = self.method.unsupervised_weights

@@ -19,7 +19,8 @@ from nnunetv2_semisup.perturbations.noise import draw_clipped_noise
 from nnunetv2_semisup.schedules import sigmoid_ramp_up
 from nnunetv2_semisup.settings import SemiSupSettings, setting
 from nnunetv2_semisup.teacher import Teacher
-from nnunetv2_semisup.trainers.base import Group, SemiSupMethod, TaskInfo, nnUNetTrainerSemiSup
+from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
+from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def images(reference):
     return {case: image for (configuration, case), (image, _, _) in reference.items() if configuration == "3d_fullres"}
 
 
-# ---------------------------------------------------------------------------------------------------------- what is made
+# --------------------------------------------------------------------------------------------------------- what is made
 
 
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
@@ -294,12 +294,18 @@ def truncate_unzipped(file):
     Path(file).write_bytes(gzip.compress(content[: len(content) // 2]))
 
 
+def flip_byte(file):
+    content = bytearray(Path(file).read_bytes())
+    content[len(content) // 2] ^= 255
+    Path(file).write_bytes(content)
+
+
 DAMAGE = {
-    "truncated": (truncate, "un_1_0001.nii.gz"),
-    "truncated before compression": (truncate_unzipped, "un_1_0001.nii.gz"),
-    "no image": (lambda file: Path(file).write_text("hello"), "un_1_0001.nii.gz"),
-    "NaN": (lambda file: rewrite(file, with_value(np.nan)), "NaN or infinite values in channel 1"),
-    "infinity": (lambda file: rewrite(file, with_value(np.inf)), "NaN or infinite values in channel 1"),
+    "truncated": (truncate, "Compressed file ended before the end-of-stream marker"),
+    "truncated before compression": (truncate_unzipped, "un_1_0001.nii.gz is cut off, 12496 of 24992 bytes are there"),
+    "no image": (lambda file: Path(file).write_text("hello"), "un_1_0001.nii.gz is no NIfTI image"),
+    "empty file": (lambda file: Path(file).write_bytes(b""), "un_1_0001.nii.gz is no NIfTI image"),
+    "flipped byte": (flip_byte, "un_1_0001.nii.gz"),
     "other shape": (lambda file: rewrite(file, lambda a: a[1:]), "its channels differ in shape or voxel size"),
     "more channels": (lambda file: rewrite(file, lambda a: np.stack([a, a])), "un_1_0001.nii.gz"),
 }
@@ -323,6 +329,32 @@ def test_a_bad_image_is_named_and_the_others_stay(dataset, images, damage):
     assert_state(dataset, CASES, images)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(dataset, value):
+    dataset.edit_plans(lambda plans: plans.update(image_reader_writer="NibabelIO"))
+    rewrite(dataset.images("un_1")[1], with_value(value))
+    with pytest.raises(InputError, match=r"un_1_0001.nii.gz cannot be .*: NaN or infinite values in channel 1. Repair"):
+        run(dataset)
+    assert_state(dataset, ["un_0"])
+
+
+def test_itk_reads_nan_as_zero_as_for_labelled_images(dataset):
+    with_nan, with_zero = "un_1", "un_9"
+    for file in dataset.images(with_nan):
+        shutil.copy2(file, file.replace(with_nan, with_zero))
+    rewrite(dataset.images(with_nan)[1], with_value(np.nan))
+    rewrite(dataset.images(with_zero)[1], with_value(0))
+    run(dataset)
+    assert np.array_equal(load(dataset.folder, with_nan)[0], load(dataset.folder, with_zero)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_finite_values_that_overflow_are_refused(dataset):
+    rewrite(dataset.images("un_1")[0], lambda array: np.where(array > 0, np.float32(3e38), np.float32(0)))
+    with pytest.raises(InputError, match="un_1_0000.nii.gz.*NaN or infinite values in channel 0"):
+        run(dataset)
+
+
 def test_all_channels_wrong_in_the_same_way(dataset):
     for file in dataset.images("un_1"):
         rewrite(file, lambda array: np.stack([array, array]))
@@ -330,6 +362,7 @@ def test_all_channels_wrong_in_the_same_way(dataset):
         run(dataset)
 
 
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value", "ignore:Degrees of freedom")
 def test_empty_image_is_no_error(dataset):
     for file in dataset.images("un_1"):
         rewrite(file, np.zeros_like)
@@ -373,33 +406,33 @@ def test_killed_at_every_file_operation(dataset, tmp_path, images, monkeypatch):
 
 
 SCRIPT = """
-import json, sys, time
+import sys, time
 from pathlib import Path
 from nnunetv2_semisup.data import preprocess
 
-name, manifest, wait_at = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+name, hang_at = sys.argv[1:]
 original = preprocess._preprocess_case
 
 def slow(job):
-    if job.case == wait_at:
-        Path(job.output + ".b2nd").write_bytes(b"half a file")
-        print("waiting", flush=True)
-        time.sleep(60)
     print("processing", job.case, flush=True)
+    if job.case == hang_at:
+        Path(job.output + ".b2nd").write_bytes(b"half a file")
+        print("hanging", flush=True)
+        time.sleep(60)
     time.sleep(0.3)
     original(job)
 
 preprocess._preprocess_case = slow
 print("ready", flush=True)
 sys.stdin.readline()
-log = lambda line: print("log", line, flush=True)
+log = lambda line: None
 print(preprocess.preprocess_unlabeled(name, "nnUNetPlans", "3d_fullres", 1, log=log), flush=True)
 """
 
 
-def start_script(dataset, wait_at=""):
+def start_script(dataset, hang_at=""):
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, dataset.name, str(dataset.manifest), wait_at],
+        [sys.executable, "-c", SCRIPT, dataset.name, hang_at],
         env={**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -408,46 +441,36 @@ def start_script(dataset, wait_at=""):
     )
 
 
-def read_until(process, line):
+def go_until(process, end):
+    """Let the script go and read what it prints up to the line ``end``."""
+    process.stdin.write("\n")
+    process.stdin.flush()
     lines = []
-    while not lines or not lines[-1].startswith(line):
-        lines.append(process.stdout.readline())
-        assert lines[-1], f"ended before {line!r}: {lines}"
+    while end not in lines:
+        lines.append(process.stdout.readline().strip())
+        assert lines[-1], f"ended before {end!r}: {lines}"
     return lines
 
 
-def test_kill_9_then_two_processes_at_once(dataset, images):
-    processes = [start_script(dataset, wait_at="un_1"), start_script(dataset), start_script(dataset)]
-    for process in processes:
-        read_until(process, "ready")
+def test_kill_9_then_two_processes_at_once(dataset, images, monkeypatch):
+    killed, other = start_script(dataset, hang_at="un_1"), start_script(dataset)
 
     # Killed within the second case: the first is there, of the second nothing.
-    killed, *others = processes
-    killed.stdin.write("\n")
-    killed.stdin.flush()
-    read_until(killed, "waiting")
+    go_until(killed, "hanging")
     assert list(json.loads(dataset.manifest.read_text())["cases"]) == ["un_0"]
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     assert killed.wait() == -signal.SIGKILL
-    assert (dataset.preprocessed / (dataset.folder.name + ".tmp")).exists()
+    assert list(dataset.folder.with_name(dataset.folder.name + ".tmp").iterdir())
     assert pending(dataset) == ["un_1", "un_2"]
 
-    # Two at once share what is left: each case is processed once, the second process waits and finds it done.
-    outputs = [process.communicate("\n", timeout=50)[0] for process in _together(others)]
-    assert all(process.returncode == 0 for process in others)
-    assert all(output.splitlines()[-1] == str(CASES) for output in outputs)
-    processed = [line for output in outputs for line in output.splitlines() if line.startswith("processing")]
-    assert sorted(processed) == ["processing un_1", "processing un_2"]
-    assert sum("waiting for it" in output for output in outputs) == 1
+    # Two at once: the other process does what is left, this one waits and finds it done.
+    go_until(other, "processing un_1")
+    seen, lines = processed_cases(monkeypatch), []
+    assert run(dataset, log=lines.append) == CASES
+    assert "waiting for it" in lines[0] and not seen
+    output, _ = other.communicate(timeout=50)
+    assert output.splitlines() == ["processing un_2", str(CASES)] and other.returncode == 0
     assert_state(dataset, CASES, images)
-
-
-def _together(processes):
-    """Let all go before the first is waited for."""
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return processes
 
 
 def test_waiting_for_the_lock_is_said(dataset):
@@ -463,13 +486,12 @@ def test_waiting_for_the_lock_is_said(dataset):
     assert "Another process is preprocessing these unlabelled images" in lines[0]
 
 
-def when_workers_live(action):
-    """Run ``action`` in a thread once this process has child processes."""
+def when(condition, action):
+    """Run ``action`` in a thread once ``condition`` holds."""
 
     def watch():
-        while not multiprocessing.active_children():
+        while not condition():
             time.sleep(0.01)
-        time.sleep(0.2)
         action()
 
     thread = threading.Thread(target=watch)
@@ -478,7 +500,7 @@ def when_workers_live(action):
 
 
 def test_killed_worker_is_explained(dataset):
-    thread = when_workers_live(lambda: multiprocessing.active_children()[0].kill())
+    thread = when(multiprocessing.active_children, lambda: multiprocessing.active_children()[0].kill())
     with pytest.raises(InputError, match=r"lack of memory.*preprocess -d 508 -p nnUNetPlans -c 3d_fullres -np 1$"):
         run(dataset, processes=2)
     thread.join()
@@ -486,13 +508,25 @@ def test_killed_worker_is_explained(dataset):
     assert_state(dataset, json.loads(dataset.manifest.read_text())["cases"])
 
 
-def test_ctrl_c_ends_the_workers(dataset):
-    thread = when_workers_live(lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
+def only_the_first_ends(job, original=preprocess._preprocess_case):
+    if job.case != "un_0":
+        time.sleep(60)
+    original(job)
+
+
+def test_ctrl_c_ends_workers_in_the_middle_of_a_case(dataset, images, monkeypatch):
+    monkeypatch.setattr(preprocess, "_preprocess_case", only_the_first_ends)
+    thread = when(
+        lambda: dataset.manifest.exists() and json.loads(dataset.manifest.read_text())["cases"],
+        lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT),
+    )
+    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run(dataset, processes=2)
     thread.join()
+    assert time.monotonic() - start < 50
     assert not multiprocessing.active_children()
-    assert_state(dataset, json.loads(dataset.manifest.read_text())["cases"])
+    assert_state(dataset, ["un_0"], images)
 
 
 def test_no_more_processes_than_cases(dataset, monkeypatch):

@@ -1,0 +1,86 @@
+"""What a method provides. The trainer that runs it is :class:`nnunetv2_semisup.trainers.base.nnUNetTrainerSemiSup`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.settings import SemiSupSettings
+
+Group = dict[str, tuple[float, Tensor]]
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a method may know about the task. It never sees paths, the optimiser, processes or mixed precision.
+
+    Attributes:
+        supervised_loss: nnU-Net's loss as a function of (logits, target), each a list under deep supervision.
+        num_heads: output channels; with softmax they include the background.
+        has_regions: True for region-based (sigmoid) training.
+        ignore_label: value in the labelled target that carries no label, or None. Predictions never contain it.
+        patch_size: voxels per axis, 2 or 3 entries.
+        spacing_mm: voxel size per axis of the patch.
+    """
+
+    supervised_loss: Callable[[Any, Any], Tensor]
+    num_heads: int
+    has_regions: bool
+    ignore_label: int | None
+    patch_size: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+
+
+class SemiSupMethod(nn.Module):
+    """What a method is: loss terms, and whatever it needs beside the network (teacher, heads, banks).
+
+    The network is an argument of every function and never a submodule, or it would be saved and optimised twice.
+    Parameters that require a gradient are optimised and everything in the state dict is saved.
+    """
+
+    settings_class: ClassVar[type[SemiSupSettings]] = SemiSupSettings
+    #: Settings that, all at zero, leave exactly nnU-Net's own step.
+    unsupervised_weights: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, network: nn.Module, task: TaskInfo, settings: SemiSupSettings):
+        """Build what is needed beside ``network``, which may be looked at and copied but not kept."""
+        super().__init__()
+        self.task = task
+        self.settings = settings
+
+    def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
+        """Yield groups of terms ``{name: (weight, value)}``; the groups share no graph.
+
+        The trainer back-propagates each group before it asks for the next, so peak memory is that of the largest one.
+        Never yield inside ``torch.no_grad()`` or ``autocast``: the mode would leak into the trainer's backward.
+
+        Args:
+            network: the planned network, in training mode.
+            labelled: ``data`` (B, C, X, Y, Z) float32; ``target`` as the supervised loss takes it; ``keys``: ids.
+            unlabelled: ``data`` (U, C, X, Y, Z) float32, spatially augmented only; ``keys``. There is no target.
+            progress: share of optimiser steps done, in [0, 1).
+        """
+        raise NotImplementedError
+
+    def supervised(self, network: nn.Module, labelled: dict) -> Group:
+        """The stock step's loss as a group of its own; most methods yield it last."""
+        output, _ = taps.decode(network, taps.encode(network, labelled["data"]))
+        return {"supervised": (1.0, self.task.supervised_loss(output, labelled["target"]))}
+
+    def after_step(self, network: nn.Module) -> None:
+        """Update teacher or banks after the optimiser's step; skipped when the step was."""
+
+    def reset(self, network: nn.Module) -> None:
+        """Called once before a fresh run's first step, when ``network`` has its start (maybe pre-trained) weights."""
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Scalars of the last step for the log, no gradient; name shares in [0, 1] ``share_<what>``."""
+        return {}
+
+    def inference_network(self, network: nn.Module) -> nn.Module:
+        """The network whose weights are validated and written for prediction; same keys as ``network``."""
+        return network
