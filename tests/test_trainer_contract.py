@@ -112,7 +112,7 @@ def test_network_and_method_share_no_parameter(build, name):
     assert not own & {id(p) for p in trainer.network.parameters()}
     assert all(m is not trainer.network for m in trainer.method.modules())
     optimised = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
-    assert optimised == {id(p) for p in chain(trainer.network.parameters(), trainer.method_parameters)}
+    assert optimised == {id(p) for p in chain(trainer.network.parameters(), trainer.method_parameters())}
 
 
 def test_zero_weights_are_exactly_the_stock_step(build, name):

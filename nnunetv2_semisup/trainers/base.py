@@ -1,7 +1,7 @@
 """Everything that semi-supervised methods share: the only file here that talks to nnU-Net's trainer.
 
-A method (``SemiSupMethod`` in ``method.py``) yields groups of loss terms; :class:`nnUNetTrainerSemiSup` does the rest. A
-new method is one new file in this folder with a settings dataclass and a subclass of each; there is no list to edit.
+A method (``SemiSupMethod`` in ``method.py``) yields groups of loss terms; :class:`nnUNetTrainerSemiSup` does the rest.
+A new method is one new file in this folder with a settings dataclass and a subclass of each; there is no list to edit.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             spacing_mm=tuple(self.configuration_manager.spacing),
         )
         self.method = self.method_class(self.bare_network, task, self.settings).to(self.device)
-        if self.method_parameters:
-            self.optimizer.add_param_group({"params": self.method_parameters})
+        if self.method_parameters():
+            self.optimizer.add_param_group({"params": self.method_parameters()})
 
     def _do_i_compile(self):
         # nnU-Net asks this right after it has built the network, to wrap it whole. Answer no at that one place: we
@@ -124,7 +124,6 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         """The planned network without the DistributedDataParallel wrapper."""
         return self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
 
-    @property
     def method_parameters(self) -> list[nn.Parameter]:
         """The method's own parameters that are trained (heads, a second network)."""
         return [p for p in self.method.parameters() if p.requires_grad]
@@ -136,8 +135,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         return steps / (self.num_epochs * self.num_iterations_per_epoch)
 
     @property
-    def _loader_seed(self) -> int:
-        """Differs between epochs, so that a resumed run does not draw the first epochs' patches again, and processes."""
+    def _loader_seed(self) -> int | None:
+        """Differs between processes and epochs; else a resumed run would draw the first epochs' patches again."""
+        if self.settings.deterministic_seed is None:
+            return None
         return (self.settings.deterministic_seed + 1000 * self.current_epoch + 1_000_003 * self.local_rank) % 2**31
 
     # ------------------------------------------------------------------------------------------------- the two streams
@@ -200,13 +201,13 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         """nnU-Net's own augmenter around ``data_loader``, already running."""
         if workers == 0:
             return SingleThreadedAugmenter(data_loader, None)
-        seeded = self.settings.deterministic_seed is not None
+        seed = self._loader_seed
         augmenter = NonDetMultiThreadedAugmenter(
             data_loader,
             None,
             workers,
             cached,
-            seeds=[self._loader_seed + i for i in range(workers)] if seeded else None,
+            seeds=None if seed is None else [seed + i for i in range(workers)],
             pin_memory=self.device.type == "cuda",
             wait_time=0.002,
         )
@@ -243,7 +244,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         self.unlabeled_cases = self._prepare_unlabeled_cases()
-        if self.settings.deterministic_seed is not None:
+        if self._loader_seed is not None:
             torch.manual_seed(self._loader_seed)
             np.random.seed(self._loader_seed)
         if not self._resumed:
@@ -295,15 +296,17 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     def _finish_step(self, network: nn.Module, values: dict[str, Tensor], batch: dict) -> tuple[dict[str, float], bool]:
         """Synchronise, clip, check, step. Returns the step's scalars by column of the log, and if it overflowed."""
-        parameters = [*network.parameters(), *self.method_parameters]
+        parameters = [*network.parameters(), *self.method_parameters()]
         flags = torch.tensor([float(self._stop.wanted)], device=self.device)
         flags = torch.cat([flags, torch.stack([~torch.isfinite(v) for v in values.values()]).any()[None].float()])
         flags = average_gradients(parameters, flags)
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
-        if self.method_parameters:
-            norm = norm + 0 * clip_grad_norm_(self.method_parameters, MAX_GRADIENT_NORM)  # not finite if either is not
+        if self.method_parameters():
+            norm = norm + 0 * clip_grad_norm_(
+                self.method_parameters(), MAX_GRADIENT_NORM
+            )  # not finite if either is not
 
         scalars = {**{f"loss_{n}": v for n, v in values.items()}, "gradient_norm": norm, **self.method.diagnostics()}
         # The one transfer of the step from the device.

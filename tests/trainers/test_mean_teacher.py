@@ -37,7 +37,7 @@ def test_teacher_gets_no_gradient_and_is_not_optimised(tiny):
     trainer = build(tiny)
     trainer.train_step(make_batch(trainer))
     assert all(p.grad is None and not p.requires_grad for p in trainer.method.parameters())
-    assert trainer.method_parameters == []
+    assert trainer.method_parameters() == []
     assert len(trainer.optimizer.param_groups) == 1
 
 
