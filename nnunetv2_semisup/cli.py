@@ -68,8 +68,10 @@ def plans(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     from nnunetv2_semisup import plans as plans_module
 
-    file = plans_module.derive(_preprocessed_folder(args.d), args.p, args.o, args.preset, args.set)
+    folder = _preprocessed_folder(args.d)
+    file = plans_module.derive(folder, args.p, args.o, args.preset, args.set)
     print(f"Wrote {file}")
+    _write_missing_splits(folder)
     if args.preset:
         print(f"Next: nnUNetv2_preprocess -d {args.d} -plans_name {args.o} -c 3d_fullres (or 2d)")
 
@@ -98,6 +100,7 @@ def preprocess(arguments: list[str] | None = None) -> None:
             folder.name, args.p, configuration, args.np or default_num_processes
         )
         print(f"{configuration}: {len(cases)} unlabelled cases are ready")
+    _write_missing_splits(folder)
 
 
 @command
@@ -121,6 +124,18 @@ def demo(arguments: list[str] | None = None) -> None:
 
 def _dataset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name, e.g. 508 or Dataset508_LA")
+
+
+def _write_missing_splits(folder: Path) -> None:
+    """Folds for fewer than 5 labelled cases, where stock nnU-Net cannot make any (our trainers do it themselves)."""
+    from nnunetv2_semisup.data import folders, splits
+
+    raw = Path(os.environ.get("nnUNet_raw", ""), folder.name)
+    if (raw / "imagesTr").is_dir():
+        dataset_json = folders.read_json(folder / "dataset.json", "run nnUNetv2_plan_and_preprocess again")
+        written = splits.ensure_splits(folder, folders.labelled_identifiers(raw, dataset_json))
+        if written:
+            print(f"Fewer than 5 labelled cases: wrote leave-one-out folds to {written}")
 
 
 def _preprocessed_folder(dataset: str) -> Path:

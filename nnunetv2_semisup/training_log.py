@@ -50,32 +50,28 @@ class TrainingLog:
         os.replace(temporary, file)
 
     def draw(self, file: Path) -> None:
-        """One panel per kind of value: losses, weights, shares in [0, 1], and the rest."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        """One panel per kind of value: losses, weights, shares in [0, 1], and the gradient's norm."""
+        from matplotlib import style
         from matplotlib.figure import Figure
 
-        panels = {
-            "loss (unweighted)": "loss_",
-            "weight": "weight_",
-            "share": "share_",
-            "gradient norm": "gradient_norm",
-        }
-        panels = {title: keys for title, prefix in panels.items() if (keys := self._columns(prefix))}
-        figure = Figure(figsize=(8, 2.8 * len(panels)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        for axis, (title, keys) in zip(axes, panels.items(), strict=True):
-            for i, key in enumerate(keys):
-                x, y = zip(*((row["epoch"], row.get(key, math.nan)) for row in self.rows), strict=True)
-                style = ("-", "--", ":")[i // len(COLOURS) % 3]
-                label = key.split("_", 1)[1].replace("_", " ")
-                axis.plot(x, y, style, color=COLOURS[i % len(COLOURS)], marker=".", label=label)
-            axis.set(ylabel=title, xlabel="epoch")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize="small")
+        prefixes = {"loss (unweighted)": "loss_", "weight": "weight_", "share": "share_", "gradient": "gradient_"}
+        panels = {title: keys for title, prefix in prefixes.items() if (keys := self._columns(prefix))}
         temporary = file.with_suffix(".tmp.png")
-        figure.savefig(temporary, dpi=120)
+        with style.context("default"):  # nnU-Net's plot leaves seaborn's settings, with letters 2.5 times as large
+            figure = Figure(figsize=(8, 2.3 * len(panels)), layout="constrained")
+            axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+            for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+                for i, key in enumerate(keys):
+                    x, y = zip(*((row["epoch"], row.get(key, math.nan)) for row in self.rows), strict=True)
+                    line = ("-", "--", ":")[i // len(COLOURS) % 3]
+                    label = key.split("_", 1)[1].replace("_", " ")
+                    axis.plot(x, y, line, color=COLOURS[i % len(COLOURS)], marker=".", label=label)
+                axis.set_ylabel(title)
+                axis.grid(alpha=0.3)
+                axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+            axes[-1].set_xlabel("epoch")
+            axes[-1].xaxis.get_major_locator().set_params(integer=True)
+            figure.savefig(temporary, dpi=120)
         os.replace(temporary, file)
 
     def _columns(self, prefix: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Arguments in, one line and exit code 2 for wrong input."""
 
+import json
+
 import pytest
 
 from nnunetv2_semisup import cli, discovery
@@ -70,3 +72,5 @@ def test_preprocess_and_plans_do_their_work(tiny, capsys):
     assert cli.plans(["-d", "901", "-o", "derived", "--set", "nnUNetTrainerMeanTeacher.noise_std=0.2"]) == 0
     assert (tiny.preprocessed / "derived.json").is_file()
     (tiny.preprocessed / "derived.json").unlink()
+    splits = json.loads((tiny.preprocessed / "splits_final.json").read_text())  # stock needs them for 3 cases
+    assert [fold["val"] for fold in splits] == [["lab0"], ["lab1"], ["lab2"]]

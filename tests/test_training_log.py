@@ -36,3 +36,18 @@ def test_picture(tmp_path, epochs):
     assert [f.name for f in tmp_path.iterdir()] == ["p.png"]
     with Image.open(tmp_path / "p.png") as image:
         assert min(image.size) > 500 and len(set(image.convert("L").getdata())) > 10
+
+
+def test_picture_does_not_depend_on_what_nnunet_drew_before(tmp_path):
+    import seaborn
+
+    log = TrainingLog()
+    log.add({"loss_a": 1.0, "weight_a": 0.1})
+    log.end_epoch(0)
+    log.draw(tmp_path / "before.png")
+    seaborn.set_theme(font_scale=2.5)  # as nnU-Net's plot_progress_png
+    try:
+        log.draw(tmp_path / "after.png")
+    finally:
+        seaborn.reset_orig()
+    assert (tmp_path / "before.png").read_bytes() == (tmp_path / "after.png").read_bytes()
