@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,12 +245,21 @@ def make_batch(trainer, seed: int = 0) -> dict:
             values = len(trainer.label_manager.all_labels) + trainer.label_manager.has_ignore_label
             targets.append(torch.randint(0, values, shape, generator=generator).to(torch.int16))
     keys = [f"case{i}" for i in range(size[0])]
+    drawn = (trainer._unlabeled_batch_size(), *size[1:])
     return {
         "data": torch.randn(size, generator=generator),
         "target": targets,
         "keys": keys,
-        "unlabelled": {"data": torch.randn(size, generator=generator), "keys": [f"u{k}" for k in keys]},
+        "unlabelled": {"data": torch.randn(drawn, generator=generator), "keys": [f"ucase{i}" for i in range(drawn[0])]},
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Shells start background jobs with SIGINT ignored, and then Ctrl-C could not be tested."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -191,11 +191,13 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         )
 
     def _unlabeled_batch_size(self) -> int:
-        """Unlabelled patches per step and process."""
+        """Patches that the unlabelled loader draws per step and process."""
         wanted = self.settings.unlabeled_batch_size
         if wanted is None:
-            return self.batch_size
-        return max(1, wanted // dist.get_world_size()) if is_distributed() else wanted
+            wanted = self.batch_size
+        elif is_distributed():
+            wanted = max(1, wanted // dist.get_world_size())
+        return wanted * self.method.unlabelled_draws
 
     def _augmenter(self, data_loader, workers: int, cached: int):
         """nnU-Net's own augmenter around ``data_loader``, already running."""

@@ -45,6 +45,8 @@ class SemiSupMethod(nn.Module):
     settings_class: ClassVar[type[SemiSupSettings]] = SemiSupSettings
     #: Settings that, all at zero, leave exactly nnU-Net's own step.
     unsupervised_weights: ClassVar[tuple[str, ...]] = ()
+    #: Patches the loader draws for each unlabelled patch of the batch; a method may set its own.
+    unlabelled_draws: int = 1
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: SemiSupSettings):
         """Build what is needed beside ``network``, which may be looked at and copied but not kept."""

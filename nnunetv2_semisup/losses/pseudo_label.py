@@ -1,0 +1,76 @@
+"""Hard pseudo-labels with their confidence, and the Dice loss that learns from the confident voxels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnunetv2_semisup.losses.consistency import probabilities
+
+
+class PseudoLabel(NamedTuple):
+    """A decision per voxel; with regions one per voxel and head.
+
+    Attributes:
+        label: (B, 1, X, Y, Z) int64 class; with regions (B, heads, X, Y, Z) int64, 0 or 1.
+        confidence: the same shape, float32 in [0, 1]: probability of the decision.
+    """
+
+    label: Tensor
+    confidence: Tensor
+
+
+def pseudo_label(logits: Tensor, regions: bool) -> PseudoLabel:
+    """The arg max (regions: each head above 0.5 or not) and its probability, without gradient.
+
+    Args:
+        logits: (B, heads, X, Y, Z).
+        regions: True for sigmoid heads.
+    """
+    p = probabilities(logits.detach(), regions)
+    if regions:
+        return PseudoLabel((p > 0.5).long(), torch.maximum(p, 1 - p))
+    confidence, label = p.max(1, keepdim=True)
+    return PseudoLabel(label, confidence)
+
+
+def mix(inside: PseudoLabel, outside: PseudoLabel, box: Tensor) -> PseudoLabel:
+    """``inside`` where ``box`` (B, 1, X, Y, Z) is True, ``outside`` elsewhere; label and confidence alike."""
+    return PseudoLabel(*(torch.where(box, a, b) for a, b in zip(inside, outside, strict=True)))
+
+
+def masked_dice(
+    student: Tensor, target: PseudoLabel, threshold: float, regions: bool, include_background: bool, smooth: float
+) -> Tensor:
+    """Mean over classes of 1 - (2 sum k p y + s) / (sum k y + sum k p^2 + s), sums over batch and voxels.
+
+    k keeps the voxels whose confidence is at least ``threshold``. With none kept the loss is 0 and has no gradient.
+
+    Args:
+        student: (B, heads, X, Y, Z) float32 probabilities, carry the gradient.
+        target: of the same patches.
+        threshold: confidence below which a voxel counts nowhere.
+        regions: True: every head is a class of its own.
+        include_background: False leaves out class 0; without effect for regions, which have none.
+        smooth: s.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Reference: CrossMatch (Zhao et al., JBHI 2024), released code.
+    """
+    keep = (target.confidence >= threshold).float()
+    if regions:
+        truth = target.label.float()
+    else:
+        classes = torch.arange(student.shape[1], device=student.device).reshape(1, -1, *[1] * (student.ndim - 2))
+        truth = (target.label == classes).float()
+        if not include_background:
+            student, truth = student[:, 1:], truth[:, 1:]
+    axes = [0, *range(2, student.ndim)]
+    kept = student * keep
+    intersection = (kept * truth).sum(axes)
+    sizes = (keep * truth).sum(axes) + (kept * student).sum(axes)
+    return (1 - (2 * intersection + smooth) / (sizes + smooth)).mean()

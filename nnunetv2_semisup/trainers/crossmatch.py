@@ -1,0 +1,211 @@
+"""CrossMatch: strong image views and strong feature views of an unlabelled patch learn from its weak view.
+
+Reference: Zhao, Wang & Ding, "CrossMatch: Enhance Semi-Supervised Medical Image Segmentation with Perturbation
+Strategies and Knowledge Distillation", IEEE JBHI 2024, doi 10.1109/JBHI.2024.3463711, arXiv 2405.00354; released code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.losses.consistency import probabilities
+from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, masked_dice, mix, pseudo_label
+from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.perturbations.feature import draw_channel_masks, drop_channels
+from nnunetv2_semisup.perturbations.image import apply_strong_view, draw_boxes, draw_strong_view
+from nnunetv2_semisup.schedules import sigmoid_ramp_up
+from nnunetv2_semisup.settings import SemiSupSettings, setting
+from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
+from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
+
+Dice = partial  # (logits, pseudo-label) -> loss, with the step's threshold
+
+
+@dataclass(frozen=True)
+class CrossMatchSettings(SemiSupSettings):
+    """Published versions, converted to nnU-Net's CE + Dice, which is twice the published supervised loss.
+
+    Released code for ACDC: w_s1, w_s2, w_kd = 0.5, 0.5, 1 (default). For LA: 0.5, 0.5, 2, conf_mode ramp_ln2,
+    conf_tau 0.75, dice_include_background false. First release (2024) and paper: 1, 1, 2.
+    """
+
+    w_s1: float = setting(0.5, "released ACDC code: 0.25, doubled")
+    w_s2: float = setting(0.5, "released ACDC code: 0.25, doubled")
+    w_kd: float = setting(1.0, "released ACDC code: 0.5, doubled")
+    eta: float = setting(0.3, "paper and code: share of the decoder distillation in w_kd", "share")
+    conf_mode: Literal["fixed", "ramp_ln2"] = setting("fixed", "ACDC code; ramp_ln2: LA code, an entropy's threshold")
+    conf_tau: float = setting(0.85, "paper's ablation; meaningful for any number of classes", "probability")
+    conf_ramp_fraction: float = setting(17 / 14, "LA code: 17,000 of 14,000 iterations; ramp_ln2", "share of training")
+    warm_up_fraction: float = setting(0.0, "ours: ramp of the three weights; 0 = none", "share of training")
+    p_weak: float = setting(0.25, "code: channel dropout of the weak feature view", "probability")
+    p_strong: float = setting(0.75, "code: channel dropout of the strong feature view", "probability")
+    strong_intensity_probability: float = setting(0.8, "LA code: bias field and gamma", "probability")
+    strong_blur_probability: float = setting(0.5, "code", "probability")
+    strong_bias_field: bool = setting(True, "LA code; switch off for CT, which has none")
+    box_probability: float = setting(0.5, "code: CutMix", "probability")
+    box_volume: tuple[float, ...] = setting((0.02, 0.4), "code: smallest and largest box", "share of the patch")
+    mix_source: Literal["loader", "batch_roll"] = setting("loader", "code; batch_roll: the next patch, much cheaper")
+    dice_include_background: bool = setting(True, "ACDC code; LA code: false")
+    dice_smooth: float = setting(1e-5, "LA code; ACDC code: 1e-4")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("w_s1", "w_s2", "w_kd", "warm_up_fraction", "conf_ramp_fraction"):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+        for key in ("eta", "conf_tau", "strong_intensity_probability", "strong_blur_probability", "box_probability"):
+            self.require(0 <= getattr(self, key) <= 1, key, "in [0, 1]")
+        for key in ("p_weak", "p_strong"):
+            self.require(0 <= getattr(self, key) < 1, key, "in [0, 1)")
+        in_order = len(self.box_volume) == 2 and 0 < self.box_volume[0] <= self.box_volume[1] <= 1
+        self.require(in_order, "box_volume", "smallest and largest share, in (0, 1]")
+        self.require(self.dice_smooth > 0, "dice_smooth", "above 0")
+
+
+class CrossMatch(SemiSupMethod):
+    """Four groups per step, the labelled one last; each term is a masked Dice against a pseudo-label without gradient.
+
+    With u the unlabelled patch, m the patch that CutMix takes boxes from, s1, s2 strong views of u with boxes of m's:
+
+    ========= ====================== =============================================================
+    term      student                pseudo-label
+    ========= ====================== =============================================================
+    image_1   s1                     of u, inside box 1 of m
+    image_2   s2                     of u, inside box 2 of m
+    teacher_1 u, weak features       of u
+    teacher_2 u, strong features     of u
+    teacher_3 s2, weak features      of u, inside box 2 of m
+    teacher_4 s2, strong features    of u, inside box 2 of m
+    decoder_1 s2, weak features      of u with weak features, inside box 2 of m with weak features
+    decoder_2 s2, strong features    of u with strong features, inside box 2 of m with strong features
+    ========= ====================== =============================================================
+
+    Deviations: passes whose result the released code throws away are left out, which changes no gradient; the
+    unsupervised terms use the full resolution only; nnU-Net's networks have no dropout of their own.
+    """
+
+    settings_class = CrossMatchSettings
+    unsupervised_weights = ("w_s1", "w_s2", "w_kd")
+
+    def __init__(self, network: nn.Module, task: TaskInfo, settings: CrossMatchSettings):
+        super().__init__(network, task, settings)
+        self.unlabelled_draws = 2 if settings.mix_source == "loader" else 1
+        self._diagnostics: dict[str, Tensor] = {}
+
+    def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
+        s = self.settings
+        if s.w_s1 or s.w_s2 or s.w_kd:
+            scale = sigmoid_ramp_up(progress, s.warm_up_fraction)
+            teacher, decoder = scale * s.w_kd * (1 - s.eta) / 4, scale * s.w_kd * s.eta / 2
+            dice = partial(self._dice, threshold=self.threshold(progress))
+            patches, partners = self._patches_and_partners(unlabelled["data"])
+            # Each call returns before its group is yielded, so that no feature map outlives its group.
+            own, terms = self._weak_view(network, patches, dice)
+            yield {name: (teacher, value) for name, value in terms.items()}
+            others = self._labels_of_partners(network, partners, own)
+            yield {"image_1": (scale * s.w_s1, self._first_strong_view(network, patches, partners, own, others, dice))}
+            terms = self._second_strong_view(network, patches, partners, own, others, dice)
+            weights = {"image": scale * s.w_s2, "teacher": teacher, "decoder": decoder}
+            yield {name: (weights[name.split("_")[0]], value) for name, value in terms.items()}
+        yield self.supervised(network, labelled)
+
+    def threshold(self, progress: float) -> float:
+        """Confidence a voxel needs; constant, or LA's ramp from tau (first step) over 0.52 to 0.67 for tau 0.75."""
+        s = self.settings
+        if s.conf_mode == "fixed" or progress == 0:
+            return s.conf_tau
+        return (s.conf_tau + (1 - s.conf_tau) * sigmoid_ramp_up(progress, s.conf_ramp_fraction)) * math.log(2)
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        return self._diagnostics
+
+    def _patches_and_partners(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """u and m: two draws of the loader, or the batch and the batch rolled by one."""
+        if self.settings.mix_source == "loader":
+            return images.chunk(2)
+        if images.shape[0] < 2:
+            raise InputError("mix_source = batch_roll needs an unlabeled_batch_size of at least 2")
+        return images, images.roll(1, 0)
+
+    def _weak_view(
+        self, network: nn.Module, patches: Tensor, dice: Dice
+    ) -> tuple[list[PseudoLabel], dict[str, Tensor]]:
+        """Pseudo-labels of u (clean, weak and strong features), and the terms teacher_1 and teacher_2."""
+        skips = taps.encode(network, patches)
+        with torch.no_grad():
+            clean = self._logits(network, [skip.detach() for skip in skips])
+        weak, strong = (self._logits(network, view) for view in self._feature_views(skips))
+        labels = [pseudo_label(logits, self.task.has_regions) for logits in (clean, weak, strong)]
+        self._note(labels, dice.keywords["threshold"])
+        return labels, {"teacher_1": dice(weak, labels[0]), "teacher_2": dice(strong, labels[0])}
+
+    @torch.no_grad()
+    def _labels_of_partners(self, network: nn.Module, partners: Tensor, own: list[PseudoLabel]) -> list[PseudoLabel]:
+        """Pseudo-labels of m (clean, weak and strong features)."""
+        if self.settings.mix_source == "batch_roll":
+            return [PseudoLabel(*(part.roll(1, 0) for part in label)) for label in own]
+        skips = taps.encode(network, partners)
+        views = (skips, *self._feature_views(skips))
+        return [pseudo_label(self._logits(network, view), self.task.has_regions) for view in views]
+
+    def _first_strong_view(self, network, patches, partners, own, others, dice: Dice) -> Tensor:
+        """The term image_1."""
+        images, box = self._strong_view(patches, partners)
+        return dice(taps.logits(network, images), mix(others[0], own[0], box))
+
+    def _second_strong_view(self, network, patches, partners, own, others, dice: Dice) -> dict[str, Tensor]:
+        """The terms image_2, teacher_3, teacher_4, decoder_1 and decoder_2."""
+        images, box = self._strong_view(patches, partners)
+        labels = [mix(other, mine, box) for other, mine in zip(others, own, strict=True)]
+        skips = taps.encode(network, images)
+        clean, weak, strong = (self._logits(network, view) for view in (skips, *self._feature_views(skips)))
+        return {
+            "image_2": dice(clean, labels[0]),
+            "teacher_3": dice(weak, labels[0]),
+            "teacher_4": dice(strong, labels[0]),
+            "decoder_1": dice(weak, labels[1]),
+            "decoder_2": dice(strong, labels[2]),
+        }
+
+    @torch.no_grad()
+    def _strong_view(self, patches: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
+        """A strong view of u with a box of a strong view of m, and the box. Geometry is that of u."""
+        s = self.settings
+        views = []
+        for images in (partners, patches):
+            view = draw_strong_view(
+                images, s.strong_intensity_probability, s.strong_blur_probability, s.strong_bias_field
+            )
+            views.append(apply_strong_view(images, view))
+        box = draw_boxes(patches, s.box_probability, s.box_volume)
+        return torch.where(box, *views), box
+
+    def _feature_views(self, skips: list[Tensor]) -> list[list[Tensor]]:
+        """The skips with weak and with strong channel dropout."""
+        rates = (self.settings.p_weak, self.settings.p_strong)
+        return [drop_channels(skips, draw_channel_masks(skips, rate)) for rate in rates]
+
+    def _logits(self, network: nn.Module, skips: list[Tensor]) -> Tensor:
+        output, _ = taps.decode(network, skips)
+        return output[0] if isinstance(output, list) else output
+
+    def _dice(self, logits: Tensor, target: PseudoLabel, threshold: float) -> Tensor:
+        s, regions = self.settings, self.task.has_regions
+        student = probabilities(logits, regions)
+        return masked_dice(student, target, threshold, regions, s.dice_include_background, s.dice_smooth)
+
+    def _note(self, labels: list[PseudoLabel], threshold: float) -> None:
+        for name, label in zip(("clean", "weak_features", "strong_features"), labels, strict=True):
+            self._diagnostics[f"share_confident_{name}"] = (label.confidence >= threshold).float().mean()
+        self._diagnostics["share_of_foreground"] = (labels[0].label > 0).float().mean()
+
+
+class nnUNetTrainerCrossMatch(nnUNetTrainerSemiSup):
+    method_class = CrossMatch

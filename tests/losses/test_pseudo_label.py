@@ -1,0 +1,86 @@
+"""Masked Dice against a slow loop with boolean indexing, and its edge cases."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, masked_dice, mix, pseudo_label
+
+
+def slow_dice(student, target, threshold, regions, include_background, smooth):
+    losses = []
+    for c in range(student.shape[1]):
+        if c == 0 and not regions and not include_background:
+            continue
+        index = c if regions else 0
+        keep = target.confidence[:, index] >= threshold
+        p = student[:, c][keep].double()
+        y = (target.label[:, index] == (1 if regions else c))[keep].double()
+        losses.append(1 - (2 * (p * y).sum() + smooth) / (y.sum() + (p * p).sum() + smooth))
+    return float(sum(losses) / len(losses))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.integers(2, 4),
+    st.floats(0, 1),
+    st.sampled_from([(5, 4), (3, 4, 5)]),
+    st.integers(0, 999),
+)
+def test_equals_a_slow_loop(regions, background, heads, threshold, shape, seed):
+    torch.manual_seed(seed)
+    logits, other = 2 * torch.randn(2, 2, heads, *shape)
+    student = torch.sigmoid(logits) if regions else torch.softmax(logits, 1)
+    target = pseudo_label(other, regions)
+    loss = masked_dice(student, target, threshold, regions, background, 1e-5)
+    assert float(loss) == pytest.approx(slow_dice(student, target, threshold, regions, background, 1e-5), abs=1e-6)
+    assert -1e-6 <= float(loss) <= 1
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_pseudo_labels(regions):
+    logits = torch.randn(2, 3, 4, 5, 6, requires_grad=True)
+    label, confidence = pseudo_label(logits, regions)
+    assert not label.requires_grad and not confidence.requires_grad
+    p = (torch.sigmoid(logits) if regions else torch.softmax(logits, 1)).detach()
+    if regions:
+        assert torch.equal(label, (p > 0.5).long()) and float(confidence.min()) >= 0.5
+    else:
+        assert torch.equal(label[:, 0], p.argmax(1)) and torch.equal(confidence[:, 0], p.max(1).values)
+
+
+def test_threshold_is_inclusive_and_dropped_voxels_do_not_count():
+    student = torch.tensor([[[[0.6, 0.3, 0.9]], [[0.4, 0.7, 0.1]]]], requires_grad=True)  # (1, 2, 1, 3)
+    target = PseudoLabel(torch.tensor([[[[0, 1, 1]]]]), torch.tensor([[[[0.85, 0.9, 0.8499]]]]))
+    loss = masked_dice(student, target, 0.85, False, True, 1e-5)
+    loss.backward()
+    assert student.grad[..., 2].abs().max() == 0 and (student.grad[..., :2] != 0).all()
+    changed = student.detach().clone()
+    changed[..., 2] = 0.5
+    assert torch.equal(masked_dice(changed, target, 0.85, False, True, 1e-5), loss.detach())
+
+
+def test_nothing_confident_is_exactly_zero_without_gradient():
+    student = torch.rand(2, 3, 4, 4, requires_grad=True)
+    target = pseudo_label(torch.randn(2, 3, 4, 4), False)
+    loss = masked_dice(student, target, 1.1, False, True, 1e-5)
+    loss.backward()
+    assert loss.item() == 0 and not student.grad.any()
+
+
+def test_agreeing_one_hot_is_zero():
+    label = torch.randint(0, 3, (2, 1, 4, 4))
+    student = torch.nn.functional.one_hot(label[:, 0], 3).movedim(-1, 1).float()
+    target = PseudoLabel(label, torch.ones(label.shape))
+    assert float(masked_dice(student, target, 0.85, False, True, 1e-5)) == pytest.approx(0, abs=1e-6)
+
+
+def test_mix_moves_label_and_confidence_alike():
+    a, b = (pseudo_label(torch.randn(2, 3, 4, 4), False) for _ in range(2))
+    box = torch.rand(2, 1, 4, 4) > 0.5
+    mixed = mix(a, b, box)
+    for part, inside, outside in zip(mixed, a, b, strict=True):
+        assert torch.equal(part[box], inside[box]) and torch.equal(part[~box], outside[~box])
