@@ -42,7 +42,10 @@ def run(folder: Path, trainer: str, epochs: int | None, device: str | None) -> N
     from nnunetv2_semisup import discovery
 
     epochs = epochs or DEFAULT_EPOCHS
-    discovery.settings_class(trainer)
+    try:
+        discovery.settings_class(trainer)
+    except InputError as error:
+        raise InputError(f"-tr: {error}") from None
     if epochs not in STOCK_EPOCHS:
         raise InputError(f"--epochs {epochs}: stock nnU-Net has trainers for {STOCK_EPOCHS} epochs, choose one of them")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

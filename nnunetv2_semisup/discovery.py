@@ -7,7 +7,6 @@ Python process of the environment, so this module must stay cheap: nothing but t
 
 from __future__ import annotations
 
-import difflib
 import os
 
 VARIABLE = "nnUNet_extTrainer"
@@ -34,6 +33,8 @@ def trainers() -> dict[str, type]:
 
 def nearest(name: str) -> str | None:
     """The trainer of ours that ``name`` was most likely meant to be, with its epoch suffix; None if none is near."""
+    import difflib
+
     from nnunetv2_semisup.trainers import split_epochs
 
     stem, epochs = split_epochs(name)
@@ -57,7 +58,7 @@ def settings_class(trainer_name: str) -> type:
         return trainers()[trainer_name].method_class.settings_class
     near = nearest(trainer_name)
     hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(trainers()))}"
-    raise InputError(f"settings name the unknown trainer {trainer_name!r} (named without _<N>epochs): {hint}")
+    raise InputError(f"unknown trainer {trainer_name!r} (to be named without _<N>epochs): {hint}")
 
 
 def check() -> dict[str, str]:

@@ -21,7 +21,8 @@ def average_gradients(parameters: Iterable[nn.Parameter], flags: Tensor) -> Tens
     """Replace every gradient by its mean over the processes, in one all-reduce; nothing to do in a single process.
 
     Args:
-        parameters: the same on every process; those without a gradient count as zero.
+        parameters: the same on every process; those without a gradient count as zero, and have one afterwards: the
+            coarsest segmentation layer, which the loss does not use, then decays by the optimiser's weight decay.
         flags: (F,) float, one per yes-or-no question on which the processes must agree.
 
     Returns:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM. A second SIGINT interrupts at once, as without us.
+    """Remembers the first SIGINT or SIGTERM. A second SIGINT (Ctrl-C twice) interrupts at once, as without us.
+
+    A SIGINT after a SIGTERM does not: the processes of a run on several GPUs get both when their parent is terminated.
 
     Attributes:
         agreed: set by the trainer once every process knows that one of them was asked to stop.
@@ -46,8 +50,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        if self.wanted and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self._signal is not None:
+            if self._signal == number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self._signal = signal.Signals(number)
-        # The step in flight may take a while: say at once that the wish was heard.
-        print(f"\n{self._signal.name} received: finishing the step, then saving ...", flush=True)
+        # The step in flight may take a while: say at once that the wish was heard. Not with print, which must not be
+        # entered twice, and not with an error when nobody reads any more.
+        with contextlib.suppress(OSError):
+            os.write(1, f"\n{self._signal.name} received: finishing the step, then saving ...\n".encode())

@@ -20,14 +20,19 @@ class Teacher(AveragedModel):
     """
 
     def __init__(self, network: nn.Module, decay: float):
-        super().__init__(network, multi_avg_fn=self._average)
+        super().__init__(network)
         self.decay = decay
         self.requires_grad_(False)
         self.module.decoder.deep_supervision = False
 
-    def _average(self, teacher: list[torch.Tensor], student: list[torch.Tensor], updates: torch.Tensor) -> None:
-        # Not from ``updates``, which AveragedModel has moved to the GPU.
-        torch._foreach_lerp_(teacher, student, 1.0 - min(1.0 - 1.0 / (int(self.n_averaged) + 1), self.decay))
+    @torch.no_grad()
+    def update_parameters(self, network: nn.Module) -> None:
+        """One update towards ``network``. AveragedModel's own moves its counter to the GPU, which stalls it."""
+        decay = min(1.0 - 1.0 / (int(self.n_averaged) + 1), self.decay)
+        torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1.0 - decay)
+        for mine, students in zip(self.module.buffers(), network.buffers(), strict=True):
+            mine.copy_(students)
+        self.n_averaged += 1
 
     def reset(self, network: nn.Module) -> None:
         """Become a copy of ``network`` and forget how many updates there were."""
@@ -35,7 +40,7 @@ class Teacher(AveragedModel):
         self.n_averaged.zero_()
 
     def _apply(self, fn, recurse: bool = True):
-        # The counter stays on the CPU: AveragedModel reads it at every update, which would stall a GPU.
+        # The counter stays on the CPU: reading it at every update would stall a GPU.
         counter = self.n_averaged
         super()._apply(fn, recurse)
         self.n_averaged = counter

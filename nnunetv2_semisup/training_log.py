@@ -56,6 +56,8 @@ class TrainingLog:
 
         prefixes = {"loss (unweighted)": "loss_", "weight": "weight_", "share": "share_", "gradient": "gradient_"}
         panels = {title: keys for title, prefix in prefixes.items() if (keys := self._columns(prefix))}
+        if not panels:  # every step so far overflowed
+            return
         temporary = file.with_suffix(".tmp.png")
         with style.context("default"):  # nnU-Net's plot leaves seaborn's settings, with letters 2.5 times as large
             figure = Figure(figsize=(8, 2.3 * len(panels)), layout="constrained")

@@ -62,6 +62,19 @@ def test_check_and_nnunets_own_finder(environment, tmp_path):
     assert "Did you mean nnUNetTrainerMeanTeacher_7epochs?" in found.stderr and found.returncode != 0
 
 
+def test_another_environment_that_inherits_the_variable_is_not_disturbed(environment, tmp_path):
+    """Without our package the module offers nothing, and a start-up line left behind is silent."""
+    code = (
+        "import sys; sys.modules['nnunetv2_semisup'] = None; sys.path.insert(0, sys.argv[1])\n"
+        "import nnunetv2_semisup_trainers as module; print([n for n in dir(module) if n.startswith('nnUNet')])"
+    )
+    folder = run(environment.parent / "nnUNetv2_semisup_trainers", cwd=tmp_path).stdout.strip()
+    assert run(environment, "-c", code, folder, cwd=tmp_path).stdout.strip() == "[]"
+    line = (REPOSITORY / "nnunetv2_semisup" / "ext_trainers" / "nnunetv2_semisup.pth").read_text()
+    left_behind = run(sys.executable, "-I", "-S", "-c", line, cwd=tmp_path)
+    assert (left_behind.returncode, left_behind.stderr) == (0, "")
+
+
 def test_starting_python_stays_cheap(environment, tmp_path):
     """The start-up line imports neither torch nor numpy nor nnunetv2."""
     modules = ("torch", "numpy", "nnunetv2", "nnunetv2_semisup.discovery")

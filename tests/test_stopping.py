@@ -30,6 +30,13 @@ def test_second_interrupt_interrupts(stop):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_interrupt_after_termination_does_not_interrupt(stop):
+    """torch.multiprocessing sends SIGINT to the processes of a parent that was terminated; the save must go on."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.name == "SIGTERM" and stop.exit_code == 143
+
+
 def test_a_thread_may_hold_one_without_handlers():
     errors = []
 

@@ -106,6 +106,26 @@ def test_terms_and_gradients(build, name):
     assert all(p.grad is None for p in frozen)
 
 
+def test_gradients_under_mixed_precision(build, name):
+    """In one autocast block per group, as on a GPU, every weight that has a gradient in fp32 still has one."""
+    trainer = build()
+    batch = make_batch(trainer)
+    trained = []
+    for precision in (torch.float32, torch.bfloat16):
+        trainer.network.zero_grad()
+        torch.manual_seed(0)
+        groups = trainer.method.losses(trainer.network, batch, batch["unlabelled"], progress=0.5)
+        while True:
+            with torch.autocast("cpu", precision, enabled=precision != torch.float32, cache_enabled=False):
+                group = next(groups, None)
+            if group is None:
+                break
+            assert all(torch.isfinite(value) for _, value in group.values())
+            sum(weight * value for weight, value in group.values()).backward()
+        trained.append({k for k, p in trainer.network.named_parameters() if p.grad is not None})
+    assert trained[0] == trained[1]
+
+
 def test_network_and_method_share_no_parameter(build, name):
     trainer = build()
     own = {id(p) for p in trainer.method.parameters()}

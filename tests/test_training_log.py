@@ -26,6 +26,14 @@ def test_means_columns_and_repeated_epochs(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["log.csv"]
 
 
+def test_an_epoch_of_overflows_alone_draws_nothing(tmp_path):
+    log = TrainingLog()
+    log.add({"overflows": 1.0})
+    log.end_epoch(0)
+    log.draw(tmp_path / "p.png")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_picture(tmp_path, epochs):
     log = TrainingLog()

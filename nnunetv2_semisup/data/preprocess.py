@@ -62,6 +62,14 @@ _RELEVANT_KEYS = (
     "resampling_fn_seg_kwargs",
 )
 
+# Normalisations that do not look at the labelled cases' intensities; CT's does.
+_SCHEMES_WITHOUT_STATISTICS = {
+    "ZScoreNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+    "RGBTo01Normalization",
+}
+
 # What nnU-Net's readers and preprocessors raise for an image that they cannot use.
 _IMAGE_ERRORS = (
     RuntimeError,
@@ -170,8 +178,10 @@ class _Task:
             **{key: configuration.get(key) for key in _RELEVANT_KEYS},
             "transpose_forward": plans.transpose_forward,
             "image_reader_writer": self.plans["image_reader_writer"],
-            "foreground_intensities": plans.foreground_intensity_properties_per_channel,
         }
+        relevant["spacing"] = [float(s) for s in relevant["spacing"]]  # 1 and 1.0 are the same
+        if not set(relevant["normalization_schemes"]) <= _SCHEMES_WITHOUT_STATISTICS:
+            relevant["foreground_intensities"] = plans.foreground_intensity_properties_per_channel
         return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
@@ -316,11 +326,15 @@ def _locked(file: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 
 def _tidy(task: _Task, survey: _Survey) -> None:
-    """Remove what an interrupted run left and what is stale or gone; the manifest first, so that it never lies."""
+    """Remove what an interrupted run left and cases that are gone; the manifest first, so that it never lies.
+
+    Files of stale cases stay until they are replaced: a training with other plans may be reading them.
+    """
     task.folder.mkdir(exist_ok=True)
     _write_manifest(task, survey.recorded)
     for file in survey.strays:
-        file.unlink()
+        if not any(file.name == f"{case}{suffix}" for case in survey.images for suffix in SUFFIXES):
+            file.unlink()
     for file in task.dataset_folder.glob(f"{task.manifest.name}.*.tmp"):
         file.unlink()
     shutil.rmtree(task.temporary, ignore_errors=True)

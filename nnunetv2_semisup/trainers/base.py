@@ -254,7 +254,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         broadcast_state(self.bare_network, self.method)
         super().on_train_start()
         if self.local_rank == 0:
-            if not self._resumed:
+            if not self._resumed and not self.disable_checkpointing:
                 for old, new in checkpoints.set_aside(Path(self.output_folder)):
                     self.print_to_log_file(f"An earlier run left {old.name} here: renamed to {new.name}")
             self._write_settings()
@@ -299,7 +299,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def _finish_step(self, network: nn.Module, values: dict[str, Tensor], batch: dict) -> tuple[dict[str, float], bool]:
         """Synchronise, clip, check, step. Returns the step's scalars by column of the log, and if it overflowed."""
         parameters = [*network.parameters(), *self.method_parameters()]
-        flags = torch.tensor([float(self._stop.wanted)], device=self.device)
+        flags = torch.full((1,), float(self._stop.wanted), device=self.device)
         flags = torch.cat([flags, torch.stack([~torch.isfinite(v) for v in values.values()]).any()[None].float()])
         flags = average_gradients(parameters, flags)
         if self.grad_scaler is not None:
@@ -343,8 +343,14 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         )
 
     def _autocast(self):
-        """As nnU-Net: only on CUDA."""
-        return autocast(self.device.type) if self.device.type == "cuda" else contextlib.nullcontext()
+        """As nnU-Net only on CUDA, but without the cache of cast weights.
+
+        Before torch 2.11 that cache, once filled by a pass without gradient, hides the weights from later passes of the
+        same block that need one (pytorch issue 112583); methods do both in one group.
+        """
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return autocast(self.device.type, cache_enabled=False)
 
     def on_epoch_end(self):
         if self.local_rank == 0:
@@ -455,6 +461,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             f"Stopped by {self._stop.name} in epoch {self.current_epoch}. {saved} The same command with --c repeats "
             f"the epoch of the checkpoint and goes on."
         )
+        if self._stop.agreed and is_distributed():
+            dist.barrier()  # when one process has left, the others are killed, rank 0 perhaps while it writes
         sys.exit(self._stop.exit_code)
 
     def _save(self, name: str) -> str:
@@ -467,7 +475,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     def _write_settings(self) -> None:
         weights = self.method.unsupervised_weights
-        if not any(getattr(self.settings, name) for name in weights):
+        if weights and not any(getattr(self.settings, name) for name in weights):
             self.print_to_log_file(f"WARNING: {', '.join(weights)} = 0: this run is supervised nnU-Net")
         content = {"trainer": self.base_name(), "version": __version__, **settings_module.as_json(self.settings)}
         Path(self.output_folder, "semisup_settings.json").write_text(json.dumps(content, indent=2) + "\n")
