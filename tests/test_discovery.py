@@ -73,7 +73,7 @@ def test_check_fails_when_another_class_hides_ours(monkeypatch, tmp_path):
         discovery.check()
 
 
-FOLDERS = ("losses", "perturbations", "memory", "network")
+FOLDERS = ("losses", "perturbations", "network")
 PURE = ["schedules", "teacher", "distributed", "settings"] + [
     f"{folder}.{module.name}"
     for folder in FOLDERS
