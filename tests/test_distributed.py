@@ -2,8 +2,10 @@
 
 import copy
 import os
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import make_batch
 from torch import distributed as dist
@@ -45,16 +47,23 @@ def test_gradients_flags_and_broadcast(tmp_path):
     spawn(tmp_path, gradients_and_flags)
 
 
-def build_and_step(rank: int, folder: Path, variables: dict, dataset, seed: int) -> None:
+def build_on_rank(rank: int, variables: dict, dataset, seed: int, **settings):
+    """A trainer on the CPU in a process group, started from rank 0's weights."""
     os.environ.update(variables)
     # nnU-Net forces CUDA in a process group, so the trainer must not see it while it is built
     initialised, dist.is_initialized = dist.is_initialized, lambda: False
     torch.manual_seed(seed + rank)  # different weights: rank 0's must win
-    trainer = dataset.trainer("nnUNetTrainerMeanTeacher", noise_std=0.0, consistency_weight=1.0)
+    trainer = dataset.trainer("nnUNetTrainerMeanTeacher", noise_std=0.0, consistency_weight=1.0, **settings)
     trainer.initialize()
     dist.is_initialized = initialised
+    trainer.local_rank = rank
     trainer.method.reset(trainer.network)
     broadcast_state(trainer.network, trainer.method)
+    return trainer
+
+
+def build_and_step(rank: int, folder: Path, variables: dict, dataset, seed: int) -> None:
+    trainer = build_on_rank(rank, variables, dataset, seed)
     if rank == 0:
         torch.save(copy.deepcopy(trainer.network.state_dict()), folder / "start.pth")
     trainer.train_step(make_batch(trainer, rank))
@@ -88,3 +97,34 @@ def test_a_training_step_of_two_processes_is_the_mean_step(tiny, tmp_path):
 def test_single_process_is_untouched():
     parameter = torch.nn.Parameter(torch.zeros(1))
     assert average_gradients([parameter], torch.ones(1)).tolist() == [1.0] and parameter.grad is None
+
+
+def train_validate_and_stop(rank: int, folder: Path, variables: dict, dataset) -> None:
+    """In nnU-Net's own wrapper: training and validation in turns, then a stop that only rank 1 is told."""
+    trainer = build_on_rank(rank, variables, dataset, 5, inference_weights="teacher")
+    trainer.network = torch.nn.parallel.DistributedDataParallel(trainer.network)
+    trainer.is_ddp = True
+    for seed in range(2):
+        trainer.train_step(make_batch(trainer, 10 * seed + rank))
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            trainer.validation_step(make_batch(trainer, 99))
+            trainer._use_training_weights()
+        trainer.network.train()
+    torch.save(trainer.bare_network.state_dict(), folder / f"rank{rank}.pth")
+    trainer._stop.listen()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        trainer.train_step(make_batch(trainer, rank))
+    trainer._stop.stop_listening()
+    assert stop.value.code == 143
+    trainer.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_latest.pth"))
+    torch.save(trainer.bare_network.state_dict(), folder / f"resumed{rank}.pth")
+
+
+def test_two_processes_in_the_wrapper_stay_equal_and_stop_together(tiny, tmp_path):
+    spawn(tmp_path, train_validate_and_stop, tiny.variables(tmp_path / "results"), tiny)
+    for name in ("rank", "resumed"):
+        first, second = (torch.load(tmp_path / f"{name}{r}.pth") for r in range(2))
+        assert all(torch.equal(first[k], second[k]) for k in first)
