@@ -390,7 +390,8 @@ def _run_in_pool(jobs: list[_Job], workers: int, publish: Callable[[str], None])
         case_of = {pool.submit(_preprocess_case, job): job.case for job in jobs}
         running = set(case_of)
         while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
+            # With a time limit: a Ctrl-C that arrives just before the wait begins would be noticed only at its end.
+            done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             failed = [future for future in done if future.exception() is not None]
             for future in done.difference(failed):
                 publish(case_of[future])
