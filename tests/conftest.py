@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("nnUNet_def_n_proc", "1")
-os.environ.setdefault("nnUNet_n_proc_DA", "0")
+os.environ["nnUNet_n_proc_DA"] = "0"  # tests that want workers set it themselves
 
 import numpy as np
 import pytest

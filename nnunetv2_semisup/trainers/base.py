@@ -97,6 +97,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             torch.manual_seed(self.settings.deterministic_seed)
         super().initialize()
         taps.check_supported(self.bare_network)
+        if self.device.type == "cpu" and not self.is_supervised:
+            taps.use_channels_last(self.bare_network)
         if self._do_i_compile():
             # In place: the keys stay stock. The taps serve training, the plain call serves validation.
             taps.compile_taps(self.bare_network)
@@ -127,6 +129,12 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def method_parameters(self) -> list[nn.Parameter]:
         """The method's own parameters that are trained (heads, a second network)."""
         return [p for p in self.method.parameters() if p.requires_grad]
+
+    @property
+    def is_supervised(self) -> bool:
+        """True if the settings switch every unsupervised term off: then each step is bit for bit nnU-Net's own."""
+        weights = self.method_class.unsupervised_weights
+        return bool(weights) and not any(getattr(self.settings, name) for name in weights)
 
     @property
     def progress(self) -> float:
@@ -474,9 +482,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         return f"Saved {file}."
 
     def _write_settings(self) -> None:
-        weights = self.method.unsupervised_weights
-        if weights and not any(getattr(self.settings, name) for name in weights):
-            self.print_to_log_file(f"WARNING: {', '.join(weights)} = 0: this run is supervised nnU-Net")
+        if self.is_supervised:
+            weights = ", ".join(self.method.unsupervised_weights)
+            self.print_to_log_file(f"WARNING: {weights} = 0: this run is supervised nnU-Net")
         content = {"trainer": self.base_name(), "version": __version__, **settings_module.as_json(self.settings)}
         Path(self.output_folder, "semisup_settings.json").write_text(json.dumps(content, indent=2) + "\n")
         self.print_to_log_file("semisup settings:", content)

@@ -49,6 +49,21 @@ def test_equals_stock_forward_and_gradient(network):
     assert torch.equal(taps.logits(network, images), expected[0])
 
 
+def test_channels_last_changes_the_layout_only(network):
+    images = images_for(network)
+    expected = as_list(network(images))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    taps.use_channels_last(network)
+    after = network.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    weight = network.encoder.stages[-1].state_dict()[next(iter(network.encoder.stages[-1].state_dict()))]
+    layout = torch.channels_last_3d if images.ndim == 5 else torch.channels_last
+    assert weight.is_contiguous(memory_format=layout) and not weight.is_contiguous()
+    output, _ = taps.decode(network, taps.encode(network, images))
+    for a, b in zip(as_list(output), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_in_place(network, monkeypatch):
     """Same values, same keys; a copy made before its weights change follows its own weights, not the original's."""
     eager = torch.compile  # the real one, with a backend that needs no compiler

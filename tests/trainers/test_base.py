@@ -55,6 +55,15 @@ def test_a_whole_run_leaves_log_picture_settings_and_checkpoint(tiny, configurat
     assert {"network_weights", "optimizer_state", "init_args", "logging", "current_epoch"} <= stock_keys
 
 
+@pytest.mark.parametrize(("weight", "layout_changes"), [(0.2, True), (0.0, False)])
+def test_weights_are_channels_last_on_a_cpu_unless_the_run_is_supervised(tiny, weight, layout_changes):
+    trainer = tiny.trainer(NAME, consistency_weight=weight)
+    trainer.initialize()
+    kernels = [p for p in (*trainer.network.parameters(), *trainer.method.teacher.parameters()) if p.ndim == 5]
+    assert any(not kernel.is_contiguous() for kernel in kernels) == layout_changes
+    assert trainer.is_supervised != layout_changes
+
+
 def test_labelled_stream_is_stock_and_unlabelled_stream_has_no_target(tiny):
     trainer = tiny.trainer(NAME, unlabeled_batch_size=3)
     trainer.initialize()
