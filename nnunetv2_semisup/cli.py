@@ -63,7 +63,7 @@ def plans(arguments: list[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="TRAINER.KEY=VALUE",
-        help="a setting, e.g. nnUNetTrainerMeanTeacher.teacher_decay=0.999; repeatable",
+        help="a setting, e.g. nnUNetTrainerCrossMatch.conf_tau=0.9; repeatable",
     )
     args = parser.parse_args(arguments)
     from nnunetv2_semisup import plans as plans_module
@@ -111,7 +111,7 @@ def demo(arguments: list[str] | None = None) -> None:
         "trainers, predict, compare. About 8 minutes on 2 CPU cores; uses a GPU when there is one.",
     )
     parser.add_argument("-o", default="nnunetv2_semisup_demo", metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("-tr", default="nnUNetTrainerMeanTeacher", metavar="TRAINER", help="default: %(default)s")
+    parser.add_argument("-tr", default="nnUNetTrainerCrossMatch", metavar="TRAINER", help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=None, metavar="N", help="length of both trainings")
     parser.add_argument("-device", choices=["cuda", "cpu", "mps"], default=None, help="default: a GPU if there is one")
     args = parser.parse_args(arguments)

@@ -63,7 +63,9 @@ def run(folder: Path, trainer: str, epochs: int | None, device: str | None) -> N
 
     suffix = "1epoch" if epochs == 1 else f"{epochs}epochs"
     command("nnUNetv2_plan_and_preprocess", "-d", "990", "-c", "3d_fullres", "--no_pp")
-    command("nnUNetv2_semisup_plans", "-d", "990", "-o", PLANS, "--preset", "cpu")
+    # One unlabelled patch a step instead of two: the demo is short, and CrossMatch sees each of them many times over.
+    setting = f"{trainer}.unlabeled_batch_size=1"
+    command("nnUNetv2_semisup_plans", "-d", "990", "-o", PLANS, "--preset", "cpu", "--set", setting)
     command("nnUNetv2_preprocess", "-d", "990", "-plans_name", PLANS, "-c", "3d_fullres")
     models = {}
     for name in (f"{BASELINE}_{suffix}", f"{trainer}_{suffix}"):
