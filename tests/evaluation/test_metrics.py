@@ -1,6 +1,8 @@
 """Metrics against MedPy on random masks, and against distances computed by hand."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -225,3 +227,9 @@ def test_each_transform_once_and_on_the_joint_box(monkeypatch, spacing, transfor
 def test_wrong_input(prediction, reference, spacing, error, word):
     with pytest.raises(error, match=word):
         compare_masks(prediction, reference, spacing)
+
+
+def test_needs_numpy_and_scipy_only():
+    blocked = "sys.modules.update(dict.fromkeys(('torch', 'nnunetv2', 'SimpleITK', 'medpy')))"
+    code = f"import sys; {blocked}; import nnunetv2_semisup.evaluation.metrics"
+    subprocess.run([sys.executable, "-c", code], check=True)
