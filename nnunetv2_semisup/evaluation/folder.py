@@ -95,6 +95,8 @@ def evaluate_folder(
             raise InputError(
                 f"{output} holds the segmentations, and nnU-Net's summary.json: name another output folder"
             )
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output} is a file: name a folder for the results")
     labels = _read_labels(dataset_json)
     jobs = _find_jobs(reference, prediction, labels, largest_component)
     if output is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tifffile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage import io
@@ -20,6 +20,7 @@ from nnunetv2_semisup.evaluation import folder as module
 from nnunetv2_semisup.evaluation.folder import COLUMNS, evaluate_folder, largest_component, summarize, table
 from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks
 
+QUICK = settings(max_examples=60, deadline=None)
 SPACING = (0.5, 0.75, 2.0)  # x, y, z in mm
 SHAPE = (4, 6, 8)  # z, y, x
 LABELS = {"background": 0, "a": 1, "b": 2}
@@ -161,6 +162,7 @@ def test_one_component_per_label_and_before_ignored_voxels_are_removed(folders):
     assert voxels == [("a", 2), ("a", 0), ("b", 5), ("b", 4)]
 
 
+@QUICK
 @given(hnp.arrays(bool, hnp.array_shapes(min_dims=1, max_dims=3, max_side=5)))
 def test_largest_component_against_a_search(mask):
     """Flood fill by hand, over neighbours that differ by at most 1 in every axis."""
@@ -412,6 +414,8 @@ def test_wrong_folders(folders, tmp_path):
     refused(folders, "-np 0", processes=0)
     folders.output = folders.prediction
     refused(folders, "another output folder")
+    folders.output = folders.dataset_json
+    refused(folders, folders.dataset_json, "is a file")
     folders.output, folders.prediction = tmp_path / "out", tmp_path / "nothing"
     refused(folders, folders.prediction, "is not a folder")
 
@@ -456,6 +460,7 @@ def test_command_with_wrong_input(folders, capsys):
     assert not folders.output.exists()
 
 
+@QUICK
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
 def test_summary_of_any_values(values):
     found = summarize([row(f"c{i}", "a", v) for i, v in enumerate(values)])["none"]["labels"]["a"]["jaccard"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -15,6 +15,7 @@ from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation import inference as module
 from nnunetv2_semisup.evaluation.inference import LiteraturePredictor, predict_folder, sliding_windows
 
+QUICK = settings(max_examples=60, deadline=None)
 CPU = torch.device("cpu")
 SPACING = (1.0, 1.5, 2.0)  # x, y, z; the plans' spacing is 1, so there is resampling
 DIRECTION = (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
@@ -126,6 +127,7 @@ def test_windows_of_the_left_atrium():
     assert len(windows) == 4 * 2 * 3 and {w[2].stop - w[2].start for w in windows} == {80}
 
 
+@QUICK
 @given(st.data())
 def test_windows_cover_everything_once_each(data):
     dim = data.draw(st.integers(1, 3))

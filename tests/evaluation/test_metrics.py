@@ -15,6 +15,7 @@ from scipy.ndimage import binary_erosion, gaussian_filter, generate_binary_struc
 from nnunetv2_semisup.evaluation import metrics
 from nnunetv2_semisup.evaluation.metrics import METRICS, bounding_box, compare_masks, surface
 
+QUICK = settings(max_examples=60, deadline=None)
 DISTANCES = METRICS[2:]
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=6))
 
@@ -114,17 +115,20 @@ def test_cubes_shifted_by_two():
     assert (found["hd95_voxel"], found["hd95_mm"]) == (2, 6)
 
 
+@QUICK
 @given(MASKS)
 def test_identical_masks(mask):
     assume(mask.any())
     assert list(compare_masks(mask, mask, (2.0,) * mask.ndim).values()) == [1, 1, 0, 0, 0, 0]
 
 
+@QUICK
 @given(MASKS)
 def test_surface_is_the_mask_minus_its_erosion(mask):
     assert np.array_equal(surface(mask), mask & ~binary_erosion(mask, generate_binary_structure(mask.ndim, 1)))
 
 
+@QUICK
 @given(MASKS)
 def test_bounding_box_is_the_smallest(mask):
     assume(mask.any())
@@ -145,12 +149,14 @@ def same(first: dict, second: dict) -> bool:
     return first == pytest.approx(second, rel=1e-9, abs=1e-9, nan_ok=True)
 
 
+@QUICK
 @given(pairs(), st.integers(1, 3))
 def test_background_around_the_image_changes_nothing(pair, width):
     *masks, spacing = pair
     assert same(compare_masks(*(np.pad(m, width) for m in masks), spacing), compare_masks(*masks, spacing))
 
 
+@QUICK
 @given(pairs())
 def test_order_of_axes_and_masks(pair):
     prediction, reference, spacing = pair
@@ -160,6 +166,7 @@ def test_order_of_axes_and_masks(pair):
     assert same({**swapped, "asd_voxel": 0}, {**found, "asd_voxel": 0})
 
 
+@QUICK
 @given(pairs(), st.floats(0.1, 10))
 def test_mm_scale_with_the_spacing_and_voxels_do_not(pair, factor):
     *masks, spacing = pair
@@ -169,6 +176,7 @@ def test_mm_scale_with_the_spacing_and_voxels_do_not(pair, factor):
     assert scaled == pytest.approx({n: found[n] * factors[n] for n in METRICS}, rel=1e-6, abs=1e-9, nan_ok=True)
 
 
+@QUICK
 @given(pairs())
 def test_empty_masks_never_get_a_good_value(pair):
     prediction, reference, spacing = pair
@@ -190,7 +198,7 @@ def test_unknown_spacing_leaves_the_voxel_metrics():
     assert math.isnan(found["hd95_mm"]) and math.isnan(found["assd_mm"])
 
 
-@settings(max_examples=20)
+@QUICK
 @given(pairs())
 def test_masks_are_not_changed(pair):
     prediction, reference, spacing = pair
