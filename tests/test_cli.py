@@ -6,7 +6,7 @@ import pytest
 
 from nnunetv2_semisup import cli, discovery
 
-COMMANDS = [cli.trainers, cli.plans, cli.preprocess, cli.demo]
+COMMANDS = [cli.trainers, cli.plans, cli.preprocess, cli.evaluate, cli.demo]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)
@@ -42,6 +42,7 @@ def one_error_line(capsys, *words) -> None:
         (cli.preprocess, ["-d", "901", "-c", "5d"], ("5d",)),
         (cli.plans, ["-d", "901", "-o", "new", "--set", "nnUNetTrainerMeanTeacher.x=1"], ("'x'",)),
         (cli.plans, ["-d", "901", "-o", "nnUNetPlans"], ("nnUNetPlans",)),
+        (cli.evaluate, ["-ref", "r", "-pred", "p", "-djfile", "d.json", "-o", "o"], ("d.json", "does not exist")),
         (cli.demo, ["--epochs", "0"], ("--epochs 0",)),
         (cli.demo, ["--epochs", "3"], ("--epochs 3",)),
         (cli.demo, ["-tr", "nnUNetTrainerMeanTeachr"], ("did you mean nnUNetTrainerMeanTeacher",)),
