@@ -122,6 +122,56 @@ def demo(arguments: list[str] | None = None) -> None:
     demo_module.run(Path(args.o), args.tr, args.epochs, args.device)
 
 
+@command
+def benchmark(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_benchmark",
+        description="Train, predict imagesTs and evaluate a grid of runs, from a YAML file or from -d, -tr, --epochs. "
+        "The same command again goes on where it was stopped; started twice, it shares the work.",
+    )
+    parser.add_argument(
+        "grid", nargs="?", type=Path, metavar="GRID.yaml", help="a list of blocks, see docs/benchmark.md"
+    )
+    parser.add_argument("-d", nargs="+", metavar="ID", help="data sets, one per labelled budget")
+    parser.add_argument("-tr", nargs="+", metavar="TRAINER", help="trainers without epoch suffix")
+    parser.add_argument("--epochs", nargs="+", type=int, metavar="N", help="length of all trainings")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+    parser.add_argument("-c", nargs="+", default=["3d_fullres"], metavar="CONFIGURATION", help="default: 3d_fullres")
+    parser.add_argument("-p", nargs="+", default=["nnUNetPlans"], metavar="PLANS", help="default: nnUNetPlans")
+    parser.add_argument("-f", nargs="+", default=["all"], metavar="FOLD", help="default: all")
+    parser.add_argument(
+        "--inference", nargs="+", default=["nnunet"], metavar="KIND", help="nnunet, literature, or both"
+    )
+    parser.add_argument("-o", type=Path, metavar="WORK", help="work folder (default: benchmark, beside nnUNet_results)")
+    parser.add_argument("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a training (default: all cores)")
+    args = parser.parse_args(arguments)
+    from nnunetv2_semisup.benchmark import grid, run
+    from nnunetv2_semisup.benchmark.records import WorkFolder
+
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f"--threads {args.threads}: at least one is needed")
+    if (args.grid is None) == (args.d is None):
+        raise InputError("give either a GRID.yaml or -d, -tr and --epochs")
+    if args.grid:
+        blocks, where = grid.read(args.grid), str(args.grid)
+    else:
+        given = {"datasets": args.d, "seeds": args.seeds, "trainers": args.tr, "epochs": args.epochs, "fold": args.f}
+        given |= {"configuration": args.c, "plans": args.p, "inference": args.inference}
+        blocks, where = [{key: value for key, value in given.items() if value is not None}], "arguments"
+    runs = grid.expand(blocks, lambda dataset: _preprocessed_folder(dataset).name, where)
+    work = WorkFolder((args.o or _work_folder()).resolve())
+    run.check(runs)
+    return 1 if run.run_grid(runs, work, run.Options(args.device, args.threads)) else 0
+
+
+def _work_folder() -> Path:
+    results = os.environ.get("nnUNet_results")
+    if not results:
+        raise InputError("nnUNet_results is not set: export nnUNet_results=FOLDER, or name a work folder with -o")
+    return Path(results).parent / "benchmark"
+
+
 def _dataset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name, e.g. 508 or Dataset508_LA")
 
