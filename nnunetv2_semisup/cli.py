@@ -104,6 +104,34 @@ def preprocess(arguments: list[str] | None = None) -> None:
 
 
 @command
+def evaluate(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_evaluate",
+        description="Compare a folder of predictions with a folder of references: Dice, Jaccard, 95% Hausdorff and "
+        "average surface distance per case and label, in voxels as published tables have them and in mm. Writes "
+        "cases.csv and summary.json and prints a table.",
+    )
+    parser.add_argument("-ref", required=True, metavar="FOLDER", help="label files, e.g. labelsTs")
+    parser.add_argument("-pred", required=True, metavar="FOLDER", help="predictions, named as the label files")
+    parser.add_argument("-djfile", required=True, metavar="FILE", help="dataset.json: labels, regions, ignore label")
+    parser.add_argument("-o", required=True, metavar="FOLDER", help="where cases.csv and summary.json go")
+    parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--largest_component",
+        action="store_true",
+        help="a second set of rows: only the largest component of each predicted label",
+    )
+    args = parser.parse_args(arguments)
+    from nnunetv2_semisup.evaluation import folder as folder_module
+
+    rows = folder_module.evaluate_folder(
+        Path(args.ref), Path(args.pred), Path(args.djfile), Path(args.o), args.np, args.largest_component
+    )
+    print(folder_module.table(folder_module.summarize(rows)))
+    print(f"Wrote {Path(args.o) / 'cases.csv'} and {Path(args.o) / 'summary.json'}")
+
+
+@command
 def demo(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_demo",

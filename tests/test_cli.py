@@ -6,7 +6,7 @@ import pytest
 
 from nnunetv2_semisup import cli, discovery
 
-COMMANDS = [cli.trainers, cli.plans, cli.preprocess, cli.demo]
+COMMANDS = [cli.trainers, cli.plans, cli.preprocess, cli.evaluate, cli.demo]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)

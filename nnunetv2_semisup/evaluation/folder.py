@@ -1,0 +1,437 @@
+"""A folder of predictions against a folder of references: one row per case, label and post-processing.
+
+A row is a dict: ``case`` (file name without ending), ``label`` (name in dataset.json), ``postprocessing`` (``none`` or
+``largest_component``), the metrics of :mod:`nnunetv2_semisup.evaluation.metrics`, and the voxels of both masks.
+
+- Labels and regions are those of dataset.json without the background; a region's mask is the union of its values.
+- Voxels with the ignore label in the reference are removed from both masks.
+- ``largest_component`` keeps one component of the predicted mask (full connectivity), before ignored voxels are
+  removed, since post-processing does not know the reference.
+- Axes of one voxel are dropped: an image of one slice is a 2D image, with a contour and not a sheet for its surface.
+- Formats without a voxel size (png, bmp, a tif without nnU-Net's json file) have NaN for every ``_mm`` metric.
+
+Failures: where exactly one of the two masks is empty, Dice and Jaccard are 0 and count in their means; distances do not
+exist, are left out of the mean, and the number of failures stands beside it. Where both are empty there is nothing to
+measure: NaN, left out of every mean, neither a success nor a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import multiprocessing
+import os
+import signal
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from scipy.ndimage import generate_binary_structure
+from scipy.ndimage import label as label_components
+from tqdm import tqdm
+
+from nnunetv2_semisup.data.folders import read_json, write_json
+from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks
+
+COLUMNS = ("case", "label", "postprocessing", *METRICS, "voxels_prediction", "voxels_reference")
+POSTPROCESSING = ("none", "largest_component")
+
+# What nnU-Net's readers raise for a file that they cannot use.
+_READ_ERRORS = (
+    RuntimeError,
+    ValueError,
+    AssertionError,
+    OSError,
+    EOFError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+)
+
+
+def evaluate_folder(
+    reference: Path,
+    prediction: Path,
+    dataset_json: Path,
+    output: Path | None,
+    processes: int = 1,
+    largest_component: bool = False,
+) -> list[dict]:
+    """Compare every case of two folders.
+
+    Args:
+        reference: folder of label files, e.g. ``labelsTs``.
+        prediction: folder of predictions with the same file names. Other file endings are ignored.
+        dataset_json: nnU-Net's file with ``labels`` and ``file_ending``.
+        output: created; receives ``cases.csv`` (:data:`COLUMNS`) and ``summary.json`` (:func:`summarize`). None: no
+            files.
+        processes: 1 works in this process.
+        largest_component: add a second row per case and label, for the largest component of the predicted mask.
+
+    Returns:
+        Rows ordered by case, label (as in dataset.json) and post-processing.
+
+    Raises:
+        InputError: missing or extra files, size or geometry that differ, unknown labels, unreadable files.
+    """
+    reference, prediction, dataset_json = Path(reference), Path(prediction), Path(dataset_json)
+    if processes < 1:
+        raise InputError(f"-np {processes}: at least one process is needed")
+    if output is not None:
+        output = Path(output)
+        if output.resolve() in (reference.resolve(), prediction.resolve()):
+            raise InputError(
+                f"{output} holds the segmentations, and nnU-Net's summary.json: name another output folder"
+            )
+    labels = _read_labels(dataset_json)
+    jobs = _find_jobs(reference, prediction, labels, largest_component)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    rows = [row for case_rows in _run(jobs, processes) for row in case_rows]
+    if output is not None:
+        _write_csv(output / "cases.csv", rows)
+        write_json(output / "summary.json", _without_nan(summarize(rows)))
+    return rows
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Statistics of the rows of :func:`evaluate_folder`.
+
+    Returns:
+        ``{postprocessing: {"cases": number, "labels": {label: {metric: statistics}}, "over_labels": {metric:
+        statistics}}}`` with the statistics ``mean``, ``sd`` (n - 1), ``median``, ``n``, the number of values behind
+        them, and ``failures``, the number of masks of which exactly one of prediction and reference is empty. Failures
+        are 0 in ``dice`` and ``jaccard`` and are left out of the distances. ``over_labels`` has the mean of the labels'
+        means, as published tables do, and sd and median over the cases' own means over labels. NaN where there is no
+        value.
+    """
+    summary = {}
+    for name in dict.fromkeys(row["postprocessing"] for row in rows):
+        chosen = [row for row in rows if row["postprocessing"] == name]
+        labels = list(dict.fromkeys(row["label"] for row in chosen))
+        per_label = {label: _statistics([row for row in chosen if row["label"] == label]) for label in labels}
+        summary[name] = {
+            "cases": len({row["case"] for row in chosen}),
+            "labels": per_label,
+            "over_labels": _over_labels(chosen, per_label),
+        }
+    return summary
+
+
+def table(summary: dict) -> str:
+    """The summary as text, one line per post-processing, label and metric."""
+    lines = [["postprocessing", "label", "metric", "mean", "sd", "median", "n", "failures"]]
+    for name, part in summary.items():
+        groups = dict(part["labels"])
+        if len(groups) > 1:
+            groups["(mean over labels)"] = part["over_labels"]
+        for label, metrics in groups.items():
+            for metric, values in metrics.items():
+                numbers = ["-" if math.isnan(values[key]) else f"{values[key]:.4f}" for key in ("mean", "sd", "median")]
+                lines.append([name, label, metric, *numbers, str(values["n"]), str(values["failures"])])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:{'<' if i < 3 else '>'}{width}}" for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def is_failure(row: dict) -> bool:
+    """Whether exactly one of prediction and reference is empty in this row."""
+    return (row["voxels_prediction"] == 0) != (row["voxels_reference"] == 0)
+
+
+def _statistics(rows: list[dict]) -> dict:
+    failures = sum(is_failure(row) for row in rows)
+    return {metric: _describe([row[metric] for row in rows], failures) for metric in METRICS}
+
+
+def _over_labels(rows: list[dict], per_label: dict) -> dict:
+    statistics = {}
+    for metric in METRICS:
+        by_case: dict[str, list[float]] = {}
+        for row in rows:
+            by_case.setdefault(row["case"], []).append(row[metric])
+        failures = sum(label[metric]["failures"] for label in per_label.values())
+        statistics[metric] = _describe([_mean(values) for values in by_case.values()], failures)
+        statistics[metric]["mean"] = _mean([label[metric]["mean"] for label in per_label.values()])
+    return statistics
+
+
+def _describe(values: list[float], failures: int) -> dict:
+    known = [value for value in values if not math.isnan(value)]
+    return {
+        "mean": _mean(known),
+        "sd": float(np.std(known, ddof=1)) if len(known) > 1 else math.nan,
+        "median": float(np.median(known)) if known else math.nan,
+        "n": len(known),
+        "failures": failures,
+    }
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+# ------------------------------------------------------------------------------------------------------- files and jobs
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What dataset.json says: name -> values of the mask; every known value; the ignore label; how files are read."""
+
+    masks: dict[str, tuple[int, ...]]
+    known: frozenset[int]
+    ignore: int | None
+    content: dict
+
+    @property
+    def ending(self) -> str:
+        return self.content["file_ending"]
+
+
+@dataclass(frozen=True)
+class _Job:
+    case: str
+    reference: Path
+    prediction: Path
+    labels: _Labels
+    reader: type[BaseReaderWriter]
+    postprocessing: tuple[str, ...]
+
+
+def _read_labels(file: Path) -> _Labels:
+    content = read_json(file, "name the dataset.json of the data set with -djfile")
+    for key in ("labels", "file_ending"):
+        if not isinstance(content, dict) or key not in content:
+            raise InputError(f'{file} has no "{key}": it is not a dataset.json of nnU-Net v2')
+    values = {}
+    for name, value in content["labels"].items():
+        try:
+            values[name] = tuple(int(v) for v in (value if isinstance(value, list) else [value]))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f'{file}: label "{name}" is {value!r}, but must be a number or a list of numbers'
+            ) from error
+    ignore = values.pop("ignore", None)
+    if ignore is not None and len(ignore) != 1:
+        raise InputError(f"{file}: the ignore label must be one number, not {list(ignore)}")
+    masks = {name: v for name, v in values.items() if set(v) != {0}}
+    if not masks:
+        raise InputError(f"{file} declares no label beside the background: there is nothing to evaluate")
+    known = frozenset(v for entry in values.values() for v in entry) | {0}
+    return _Labels(masks, known, ignore[0] if ignore else None, content)
+
+
+def _find_jobs(reference: Path, prediction: Path, labels: _Labels, largest_component: bool) -> list[_Job]:
+    references, predictions = (_files(folder, labels.ending) for folder in (reference, prediction))
+    if not references:
+        raise InputError(f"{reference} holds no file that ends with {labels.ending}, dataset.json's file_ending")
+    missing, extra = sorted(set(references) - set(predictions)), sorted(set(predictions) - set(references))
+    if missing:
+        raise InputError(f"{prediction} lacks predictions of {_names(missing)}: predict them, or evaluate fewer cases")
+    if extra:
+        raise InputError(f"{prediction} has files without a reference in {reference}: {_names(extra)}: remove them")
+    reader = _reader(labels.content, references[min(references)])
+    postprocessing = POSTPROCESSING if largest_component else POSTPROCESSING[:1]
+    return [
+        _Job(name[: -len(labels.ending)], file, predictions[name], labels, reader, postprocessing)
+        for name, file in sorted(references.items())
+    ]
+
+
+def _files(folder: Path, ending: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    return {f.name: f for f in folder.iterdir() if f.name.endswith(ending) and not f.name.startswith(".")}
+
+
+def _names(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _reader(dataset_json: dict, example: Path) -> type[BaseReaderWriter]:
+    """nnU-Net's reader for these files; it prints the traceback of every reader that it tries in vain."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return determine_reader_writer_from_dataset_json(dataset_json, str(example), verbose=False)
+        except RuntimeError as error:
+            raise InputError(f"{example} cannot be read by any of nnU-Net's readers: is it damaged?") from error
+
+
+def _run(jobs: list[_Job], processes: int) -> list[list[dict]]:
+    with tqdm(total=len(jobs), desc="Evaluating", unit="case", disable=None) as bar:
+        if min(processes, len(jobs)) == 1:
+            return list(_counted(map(_evaluate_case, jobs), bar))
+        pool = ProcessPoolExecutor(
+            min(processes, len(jobs)),
+            multiprocessing.get_context("spawn"),
+            signal.signal,
+            (signal.SIGINT, signal.SIG_IGN),  # Ctrl-C reaches this process, which ends the workers
+        )
+        try:
+            futures = [pool.submit(_evaluate_case, job) for job in jobs]
+            for _ in _counted((future.result() for future in as_completed(futures)), bar):
+                pass
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"a worker was killed, most likely for lack of memory: try -np {processes // 2}"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _counted(results: Iterator[list[dict]], bar: tqdm) -> Iterator[list[dict]]:
+    for result in results:
+        bar.update()
+        yield result
+
+
+# ------------------------------------------------------------------------------------------------------------- one case
+
+
+def _evaluate_case(job: _Job) -> list[dict]:
+    reference, geometry = _read(job.reference, job.reader)
+    prediction, geometry_prediction = _read(job.prediction, job.reader)
+    _check_alignment(job, reference, prediction, geometry, geometry_prediction)
+    valid = _check_labels(job, reference, prediction)
+    spacing = _spacing_mm(job.reference, geometry)
+    axes = [axis for axis, size in enumerate(reference.shape) if size > 1] or [0]
+    rows = []
+    for label, values in job.labels.masks.items():
+        in_reference = np.isin(reference, values)
+        in_prediction = np.isin(prediction, values)
+        for postprocessing in job.postprocessing:
+            if postprocessing == "largest_component":
+                in_prediction = largest_component(in_prediction)
+            masks = [_squeeze(mask & valid, axes) for mask in (in_prediction, in_reference)]
+            rows.append(
+                {
+                    "case": job.case,
+                    "label": label,
+                    "postprocessing": postprocessing,
+                    **compare_masks(*masks, spacing and [spacing[axis] for axis in axes]),
+                    "voxels_prediction": int(np.count_nonzero(masks[0])),
+                    "voxels_reference": int(np.count_nonzero(masks[1])),
+                }
+            )
+    return rows
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest component of a bool mask, neighbours by face, edge or corner; an empty mask stays empty."""
+    components, count = label_components(mask, generate_binary_structure(mask.ndim, mask.ndim))
+    if count < 2:
+        return mask
+    return components == np.bincount(components.ravel())[1:].argmax() + 1
+
+
+def _squeeze(mask: np.ndarray, axes: list[int]) -> np.ndarray:
+    return mask.reshape([mask.shape[axis] for axis in axes])
+
+
+def _read(file: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict]:
+    """Values (Z, Y, X) and nnU-Net's properties of a label file."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net's tif reader prints where it finds no voxel size
+            values, properties = reader().read_seg(str(file))
+    except _READ_ERRORS as error:
+        raise InputError(f"{file} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
+    if len(values) != 1:
+        raise InputError(f"{file} has {len(values)} channels: a label file has one")
+    return values[0], properties
+
+
+def _check_alignment(
+    job: _Job, reference: np.ndarray, prediction: np.ndarray, geometry: dict, geometry_prediction: dict
+) -> None:
+    if prediction.shape != reference.shape:
+        raise InputError(
+            f"{job.prediction} has size {prediction.shape}, but {job.reference} has {reference.shape} (z, y, x): "
+            "predict the same images"
+        )
+    expected, found = _placement(geometry), _placement(geometry_prediction)
+    for name, (value, tolerance) in expected.items():
+        other = found[name][0]
+        if other.shape != value.shape or not np.allclose(other, value, rtol=0, atol=tolerance):
+            raise InputError(
+                f"{job.prediction} has {name} {_numbers(other)}, but {job.reference} has {_numbers(value)}: "
+                "they are not aligned"
+            )
+
+
+def _placement(properties: dict) -> dict[str, tuple[np.ndarray, float]]:
+    """Name -> value and absolute tolerance; over 1,000 voxels they add up to about a tenth of a voxel."""
+    spacing = np.asarray(properties["spacing"], float)
+    placement = {"spacing": (spacing, 1e-4 * spacing.min())}
+    if "sitk_stuff" in properties:
+        placement["origin"] = (np.asarray(properties["sitk_stuff"]["origin"]), 1e-2 * spacing.min())
+        placement["direction"] = (np.asarray(properties["sitk_stuff"]["direction"]), 1e-4)
+    if "nibabel_stuff" in properties:
+        stuff = properties["nibabel_stuff"]
+        affine = np.asarray(stuff.get("reoriented_affine", stuff["original_affine"]))
+        placement["origin"] = (affine[:3, 3], 1e-2 * spacing.min())
+        placement["direction"] = (affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0), 1e-4)
+    return placement
+
+
+def _numbers(values: np.ndarray) -> str:
+    return "(" + ", ".join(f"{value:.6g}" for value in np.ravel(values)) + ")"
+
+
+def _check_labels(job: _Job, reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Refuse values that dataset.json does not know; return where the reference does not have the ignore label."""
+    ignore = job.labels.ignore
+    for file, array, known in (
+        (job.reference, reference, job.labels.known | ({ignore} if ignore is not None else set())),
+        (job.prediction, prediction, job.labels.known),
+    ):
+        unknown = np.unique(array[~np.isin(array, list(known))]).tolist()
+        if unknown:
+            which = "the ignore label" if unknown == [ignore] else "labels that dataset.json does not know"
+            raise InputError(f"{file} has {which}: {_names([f'{value:g}' for value in unknown])}")
+    return reference != ignore if ignore is not None else np.ones(reference.shape, bool)
+
+
+def _spacing_mm(reference: Path, properties: dict) -> list[float] | None:
+    """Voxel size (z, y, x) in mm, or None where the file's format has none and nnU-Net's reader fills in numbers."""
+    if "sitk_stuff" in properties or "nibabel_stuff" in properties or reference.with_suffix(".json").is_file():
+        return [float(s) for s in properties["spacing"]]
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def _write_csv(file: Path, rows: list[dict]) -> None:
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6f}" if k in METRICS else v for k, v in row.items()} for row in rows)
+    os.replace(temporary, file)
+
+
+def _without_nan(value):
+    """The same nested dict with null for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
