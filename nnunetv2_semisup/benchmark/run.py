@@ -20,6 +20,7 @@ from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.data.folders import read_json
 from nnunetv2_semisup.errors import InputError
 
+WORKER = (sys.executable, "-u", "-m", "nnunetv2_semisup.benchmark.worker")
 SECONDS_TO_END = 10  # between SIGTERM and SIGKILL
 
 
@@ -31,8 +32,9 @@ class Options:
     threads: int | None = None
 
 
-def run_grid(runs: list[Run], work: WorkFolder, options: Options) -> int:
-    """Do all runs that have no complete record yet. Returns how many failed."""
+def run_grid(runs: list[Run], work: WorkFolder, results: Path, options: Options) -> int:
+    """Do all runs that have no complete record yet, and keep the tables in ``results``. Returns how many failed."""
+    records.collect(work, results)
     todo = [run for run in runs if work.missing(run)]
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before. Work folder: {work.root}", flush=True)
     failed, busy = [], 0
@@ -42,18 +44,74 @@ def run_grid(runs: list[Run], work: WorkFolder, options: Options) -> int:
         code = run_one(run, work, options)
         seconds = perf_counter() - start
         if code == 0:
-            print(f"    done in {readable(seconds)}: {_summary(work.read(run), run)}", flush=True)
+            records.collect(work, results)
+            print(f"    done in {readable(seconds)}: {_summary(work.read(run))}", flush=True)
         elif code == worker.BUSY:
             busy += 1
             print("    another process is doing this run: skipped", flush=True)
         else:
             failed.append(run)
-            print(f"    FAILED after {readable(seconds)}: {work_failure(work, run)}", flush=True)
+            note = read_json(work.failure(run), "remove it")
+            message = f"{note['message']} (exit code {note['exit_code']}, log {note['log']})"
+            print(f"    FAILED after {readable(seconds)}: {message}", flush=True)
     if busy:
         print(f"{busy} runs were being done by another process; the same command shows what became of them.")
     if failed:
         print(f"{len(failed)} runs failed; the same command tries them again. Logs: {work.root / 'logs'}")
     return len(failed)
+
+
+def dry_run(runs: list[Run], work: WorkFolder, options: Options) -> None:
+    """Print every run and what it will take: from finished runs of its kind, else from a few steps timed now."""
+    finished = work.all_records()
+    measured: dict[tuple, float] = {}
+    total = 0.0
+    for run in runs:
+        seconds, source = 0.0, "finished"
+        if work.missing(run):
+            seconds, source = expected_seconds(run, finished), "as earlier runs"
+            if seconds is None:
+                source = "training alone, from a few steps"
+                kind = (run.plans, run.configuration, run.trainer_name)
+                if kind not in measured:
+                    measured[kind] = _training_seconds(run, options)
+                seconds = measured[kind]
+        total += seconds
+        print(f"{run.id}  {readable(seconds) if seconds else '-'}  ({source})", flush=True)
+    print(f"{len(runs)} runs, {readable(total)} on one {options.device}. Work folder: {work.root}")
+
+
+def submit(runs: list[Run], work: WorkFolder, options: Options, parameters: dict, cluster: str = "slurm") -> list:
+    """Hand every unfinished run to a cluster as a job of its own; needs submitit. Returns its jobs.
+
+    Args:
+        parameters: as submitit's ``AutoExecutor.update_parameters`` takes them, e.g. ``slurm_partition``.
+        cluster: submitit's name; ``local`` runs the jobs on this machine.
+    """
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        raise InputError('--slurm needs submitit: pip install "nnunetv2-semisup[slurm]"') from None
+    todo = [run for run in runs if work.missing(run)]
+    if not todo:
+        print("All runs are finished: nothing to submit")
+        return []
+    try:
+        executor = submitit.AutoExecutor(folder=work.root / "slurm", cluster=cluster)
+        executor.update_parameters(**parameters)
+        jobs = executor.map_array(job, todo, [work] * len(todo), [options] * len(todo))
+    except (NameError, RuntimeError, submitit.core.utils.FailedJobError) as error:  # submitit's own for wrong input
+        raise InputError(f"--slurm: {' '.join(str(error).split())}") from None
+    for run, submitted in zip(todo, jobs, strict=True):
+        print(f"{submitted.job_id}  {run.id}")
+    print("When they are done: nnUNetv2_semisup_benchmark --report. The same command submits what is not finished.")
+    return jobs
+
+
+def job(run: Run, work: WorkFolder, options: Options) -> None:
+    """One run as a cluster's job; it fails where the run does."""
+    if run_one(run, work, options) not in (0, worker.BUSY):
+        raise RuntimeError(read_json(work.failure(run), "remove it")["message"])
 
 
 def run_one(run: Run, work: WorkFolder, options: Options) -> int:
@@ -63,7 +121,7 @@ def run_one(run: Run, work: WorkFolder, options: Options) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "nnunetv2_semisup.benchmark.worker", json.dumps(job)],
+            [*WORKER, json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -108,7 +166,6 @@ def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
             + (f"these cases are in one of them only: {different}" if images or labels else "there are none")
         )
     plans = read_json(preprocessed / f"{plans_name}.json", "make the plans, see nnUNetv2_semisup_plans -h")
-    identifier = f"{plans_name}_{configuration}"
     if configuration not in plans["configurations"]:
         raise InputError(f"{preprocessed / plans_name}.json has no configuration {configuration}")
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -158,11 +215,6 @@ def last_line(log: Path) -> str:
     return lines[-1] if lines else "no output"
 
 
-def work_failure(work: WorkFolder, run: Run) -> str:
-    note = read_json(work.failure(run), "remove it")
-    return f"{note['message']} (exit code {note['exit_code']}, log {note['log']})"
-
-
 def expected_seconds(run: Run, records_: list[dict]) -> float | None:
     """Wall time of ``run`` from finished ones of the same trainer and plans, scaled by the number of epochs."""
     alike = [
@@ -171,6 +223,22 @@ def expected_seconds(run: Run, records_: list[dict]) -> float | None:
         if all(record[key] == getattr(run, key) for key in ("trainer", "plans", "configuration"))
     ]
     return median(alike) if alike else None
+
+
+def _training_seconds(run: Run, options: Options) -> float:
+    """Training time of ``run`` from a few steps on random batches, loaders and validation left out."""
+    import torch
+
+    from nnunetv2_semisup.benchmark import speed
+
+    worker.set_threads(options.device, options.threads)
+    trainer = speed.build(run.dataset, run.configuration, run.plans, run.trainer_name, options.device)
+    [[seconds]] = speed.step_times([trainer], rounds=1)
+    steps = trainer.num_epochs * trainer.num_iterations_per_epoch
+    del trainer
+    if torch.cuda.is_available():
+        speed.release()
+    return seconds * steps
 
 
 def _time_left(todo: list[Run], work: WorkFolder) -> str:
@@ -182,13 +250,9 @@ def _time_left(todo: list[Run], work: WorkFolder) -> str:
     return f" ({guess}{readable(sum(known) + (len(todo) - len(known)) * mean(known))} left)"
 
 
-def _summary(record: dict, run: Run) -> str:
-    parts = []
-    for inference in run.inference:
-        cases = record["evaluations"][inference]["cases"]
-        dice = [c["dice"] for c in cases if c["postprocessing"] == "none" and c["dice"] is not None]
-        parts.append(f"Dice {mean(dice):.3f} ({inference})")
-    return ", ".join(parts)
+def _summary(record: dict) -> str:
+    rows = [row for row in records.run_rows(record) if row["postprocessing"] == "none"]
+    return ", ".join(f"Dice {row['dice']:.3f} ({row['inference']})" for row in rows)
 
 
 def _environment(options: Options) -> dict[str, str]:

@@ -37,7 +37,6 @@ def main(job: dict) -> int:
     Args:
         job: ``run`` (fields of :class:`Run`), ``work`` (folder), ``device``, ``threads`` (None: all cores).
     """
-    end_with_parent()
     run = Run(**{**job["run"], "inference": tuple(job["run"]["inference"])})
     work = WorkFolder(Path(job["work"]))
     work.lock(run).parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,7 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
     plans = read_json(plans_file, "run nnUNetv2_plan_and_preprocess")
     model = work.model(run, plans["plans_name"])
     os.environ["nnUNet_results"] = str(work.nnunet_results(run))
-    _set_threads(device, threads)
+    set_threads(device, threads)
     record = work.read(run)
     if record is None:
         shutil.rmtree(model / f"fold_{run.fold}", ignore_errors=True)
@@ -182,11 +181,12 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _set_threads(device: str, threads: int | None) -> None:
+def set_threads(device: str, threads: int | None) -> None:
+    """torch's threads: ``threads``, or without it all cores on the CPU and one beside a GPU, as ``nnUNetv2_train``."""
     import torch
 
     if threads is not None or device == "cuda":
-        torch.set_num_threads(threads or 1)  # on a GPU 1, as nnUNetv2_train
+        torch.set_num_threads(threads or 1)
 
 
 def _median_difference(times: list[float]) -> float | None:
@@ -195,4 +195,5 @@ def _median_difference(times: list[float]) -> float | None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(json.loads(sys.argv[1])))
