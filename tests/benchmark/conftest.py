@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+from conftest import LABELS, make_dataset
 
 from nnunetv2_semisup.benchmark import records
 from nnunetv2_semisup.benchmark.grid import Run
@@ -79,3 +82,15 @@ def filled(work):
                 cost = 0.2 * (1 + 10 * more) * math.exp(rng.normal(0, 0.01))
                 records.write(work.record(run), make_record(run, dice.tolist(), labeled=labeled, seconds_per_step=cost))
     return work
+
+
+@pytest.fixture
+def benchmark_data(tmp_path):
+    """A real data set with test cases, whose semi-supervised trainings take 4 steps an epoch."""
+    dataset = make_dataset(tmp_path / "data", LABELS["2 classes"])
+    for folder in ("images", "labels"):
+        shutil.copytree(dataset.raw / f"{folder}Tr", dataset.raw / f"{folder}Ts")
+    settings = {"num_iterations_per_epoch": 4, "num_val_iterations_per_epoch": 1}
+    plans = dataset.plans | {"semisup": {"nnUNetTrainerMeanTeacher": settings}}
+    (dataset.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
+    return dataset
