@@ -212,7 +212,7 @@ def _overlay(raw: Path, chosen: dict, ranked, predictions: dict[str, Path], c: C
         z = int((truth > 0).sum((1, 2)).argmax())
         low, high = np.percentile(image[z], (1, 99))
         titles = [f"{rank}: {case[:12]}, slice {z}", *(f"{_short(t)}" for t in predictions)]
-        titles[-1] += f", Dice {100 * ranked[case]:.1f} %"
+        titles[-1] += f", Dice {100 * ranked[case]:.1f} %" + (" (mean)" if len(c.seeds) > 1 else "")
         for axis, title, folder in zip(row, titles, (None, *predictions.values()), strict=True):
             axis.imshow(image[z], cmap="gray", vmin=low, vmax=high, aspect=spacing[1] / spacing[2])
             axis.set_title(title, fontsize="small")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from nnunetv2_semisup import __version__
 from nnunetv2_semisup.benchmark.grid import Run
 from nnunetv2_semisup.data.folders import read_json, write_json
 from nnunetv2_semisup.evaluation import folder as evaluation
@@ -103,8 +104,9 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Name -> version of what the numbers depend on."""
-    packages = ("nnunetv2_semisup", "nnunetv2", "torch", "numpy", "batchgeneratorsv2")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ("nnunetv2", "torch", "numpy", "batchgeneratorsv2")
+    own = {"python": platform.python_version(), "nnunetv2_semisup": __version__}
+    return own | {name: version(name) for name in packages}
 
 
 def versions_text(numbers: dict[str, str]) -> str:
@@ -131,7 +133,16 @@ CASE_COLUMNS = ("inference", *evaluation.COLUMNS)
 RUN_COLUMNS = (
     *("run", "dataset", "labeled", "trainer", "epochs", "steps", "seed", "fold", "configuration", "plans"),
     *("inference", "postprocessing", *METRICS, "failures"),
-    *("seconds_per_step", "peak_memory_mb", "train_seconds", "device", "hardware", "threads", "loader_processes"),
+    *(
+        "seconds_per_step",
+        "peak_memory_mb",
+        "train_seconds",
+        "wall_seconds",
+        "device",
+        "hardware",
+        "threads",
+        "loader_processes",
+    ),
     *("started", "commit", "versions"),
 )
 
@@ -169,7 +180,7 @@ def run_rows(record: dict) -> list[dict]:
         for postprocessing, summary in evaluation.summarize(cases).items():
             means = {metric: summary["over_labels"][metric]["mean"] for metric in METRICS}
             failures = summary["over_labels"]["dice"]["failures"]
-            row = {**record, **means, "failures": failures, "versions": versions}
+            row = {**record, **means, "failures": failures, "versions": versions, "wall_seconds": wall_seconds(record)}
             rows.append({**row, "inference": inference, "postprocessing": postprocessing})
     return rows
 

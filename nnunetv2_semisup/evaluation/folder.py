@@ -36,6 +36,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scipy.ndimage import generate_binary_structure
 from scipy.ndimage import label as label_components
 from tqdm import tqdm
@@ -94,6 +95,8 @@ def evaluate_folder(
             raise InputError(
                 f"{output} holds the segmentations, and nnU-Net's summary.json: name another output folder"
             )
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output} is a file: name a folder for the results")
     labels = _read_labels(dataset_json)
     jobs = _find_jobs(reference, prediction, labels, largest_component)
     if output is not None:
@@ -313,7 +316,7 @@ def _evaluate_case(job: _Job) -> list[dict]:
     prediction, geometry_prediction = _read(job.prediction, job.reader)
     _check_alignment(job, reference, prediction, geometry, geometry_prediction)
     valid = _check_labels(job, reference, prediction)
-    spacing = _spacing_mm(job.reference, geometry)
+    spacing = _spacing_mm(job, geometry)
     axes = [axis for axis, size in enumerate(reference.shape) if size > 1] or [0]
     rows = []
     for label, values in job.labels.masks.items():
@@ -411,9 +414,10 @@ def _check_labels(job: _Job, reference: np.ndarray, prediction: np.ndarray) -> n
     return reference != ignore if ignore is not None else np.ones(reference.shape, bool)
 
 
-def _spacing_mm(reference: Path, properties: dict) -> list[float] | None:
+def _spacing_mm(job: _Job, properties: dict) -> list[float] | None:
     """Voxel size (z, y, x) in mm, or None where the file's format has none and nnU-Net's reader fills in numbers."""
-    if "sitk_stuff" in properties or "nibabel_stuff" in properties or reference.with_suffix(".json").is_file():
+    beside = issubclass(job.reader, Tiff3DIO) and job.reference.with_suffix(".json").is_file()
+    if beside or "sitk_stuff" in properties or "nibabel_stuff" in properties:
         return [float(s) for s in properties["spacing"]]
     return None
 

@@ -13,15 +13,15 @@ outside of the image counts as outside the mask):
 
 Where a mask is empty no distance exists, and none is made up:
 
-===========================  ===============  ================
-case                         dice, jaccard    distances
-===========================  ===============  ================
-one mask empty (a failure)   0                NaN
-both masks empty             NaN              NaN
-===========================  ===============  ================
+==========================  =============  =========
+case                        dice, jaccard  distances
+==========================  =============  =========
+one mask empty (a failure)  0              NaN
+both masks empty            NaN            NaN
+==========================  =============  =========
 
 Reference: MedPy 0.5.2, ``medpy.metric.binary`` (dc, jc, hd95, asd, assd with connectivity 1). The same numbers wherever
-MedPy has any; it raises for distances to an empty mask, and calls two empty masks a Dice of 1.
+both masks have a voxel. docs/evaluation.md has the two side by side, and how other libraries differ.
 """
 
 from __future__ import annotations
