@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
@@ -90,7 +91,10 @@ def test_ctrl_c_ends_the_child_and_its_children(work, tmp_path, stand_in, number
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         run.run_grid([make_run(seed=4)], work, tmp_path / "results", OPTIONS)
-    assert all(ended(pid) for pid in json.loads((work.root / "pids.json").read_text()))
+    deadline = time.time() + 60  # SIGKILL takes its time on a busy machine
+    while not all(ended(pid) for pid in json.loads((work.root / "pids.json").read_text())):
+        assert time.time() < deadline
+        time.sleep(0.05)
     assert records.read_csv(tmp_path / "results" / "runs.csv") == []
     assert not work.failure(make_run(seed=4)).exists(), "stopping is no failure"
     assert signal.getsignal(signal.SIGTERM) is before
@@ -228,13 +232,33 @@ def test_slurm_needs_submitit(work, monkeypatch):
         run.submit([make_run()], work, OPTIONS, {})
 
 
-def test_submitted_runs_are_done_and_fail_like_others(work, stand_in):
+def test_what_submitit_says_of_wrong_parameters(work):
     pytest.importorskip("submitit")
-    good, bad = make_run(seed=0), make_run(seed=1)
-    records.write(work.record(good), make_record(good, [0.5]))
-    assert run.submit([good], work, OPTIONS, {}, cluster="local") == []
     with pytest.raises(InputError, match="--slurm: .*no_such_parameter"):
-        run.submit([bad], work, OPTIONS, {"no_such_parameter": 1}, cluster="local")
+        run.submit([make_run()], work, OPTIONS, {"no_such_parameter": 1}, cluster="local")
+
+
+def test_only_unfinished_runs_are_submitted(work, monkeypatch, capsys):
+    calls = []
+
+    class Executor:
+        def __init__(self, folder, cluster):
+            calls.append((folder, cluster))
+
+        def update_parameters(self, **parameters):
+            calls.append(parameters)
+
+        def map_array(self, function, *lists):
+            calls.append((function, *lists))
+            return [SimpleNamespace(job_id="17")]
+
+    errors = SimpleNamespace(utils=SimpleNamespace(FailedJobError=OSError))
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor, core=errors))
+    finished, open_ = make_run(seed=0), make_run(seed=1)
+    records.write(work.record(finished), make_record(finished, [0.5]))
+    run.submit([finished, open_], work, OPTIONS, {"timeout_min": 60})
+    assert calls == [(work.root / "slurm", "slurm"), {"timeout_min": 60}, (run.job, [open_], [work], [OPTIONS])]
+    assert f"17  {open_.id}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("seed", [0, 1])
