@@ -40,6 +40,9 @@ def run_grid(runs: list[Run], work: WorkFolder, results: Path, options: Options)
     failed, busy = [], 0
     for number, run in enumerate(todo, 1):
         print(f"[{number}/{len(todo)}] {run.id}{_time_left(todo[number - 1 :], work)}", flush=True)
+        if not work.missing(run):
+            print("    finished by another process meanwhile", flush=True)
+            continue
         start = perf_counter()
         code = run_one(run, work, options)
         seconds = perf_counter() - start
@@ -227,8 +230,6 @@ def expected_seconds(run: Run, records_: list[dict]) -> float | None:
 
 def _training_seconds(run: Run, options: Options) -> float:
     """Training time of ``run`` from a few steps on random batches, loaders and validation left out."""
-    import torch
-
     from nnunetv2_semisup.benchmark import speed
 
     worker.set_threads(options.device, options.threads)
@@ -236,8 +237,7 @@ def _training_seconds(run: Run, options: Options) -> float:
     [[seconds]] = speed.step_times([trainer], rounds=1)
     steps = trainer.num_epochs * trainer.num_iterations_per_epoch
     del trainer
-    if torch.cuda.is_available():
-        speed.release()
+    speed.release()
     return seconds * steps
 
 

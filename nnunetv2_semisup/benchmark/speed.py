@@ -28,7 +28,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from nnunetv2_semisup import discovery
 from nnunetv2_semisup.benchmark import records
-from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 
 BASELINE = "nnUNetTrainer"
 POINTS = (0.125, 0.375, 0.625, 0.875)  # of training
@@ -83,10 +82,15 @@ def build(dataset: str, configuration: str, plans: str, name: str, device: str) 
         trainer.initialize()
     trainer.print_to_log_file = lambda *arguments, **options: None
     trainer.network.train()
-    if isinstance(trainer, nnUNetTrainerSemiSup):
+    if is_ours(trainer):
         trainer.method.reset(trainer.bare_network)
         trainer.method.train()
     return trainer
+
+
+def is_ours(trainer: nnUNetTrainer) -> bool:
+    """Whether it is a semi-supervised trainer of this package, with a method and an unlabelled batch."""
+    return hasattr(trainer, "method")
 
 
 def random_batch(trainer: nnUNetTrainer, seed: int = 0) -> dict:
@@ -104,7 +108,7 @@ def random_batch(trainer: nnUNetTrainer, seed: int = 0) -> dict:
             values = torch.randint(len(manager.all_labels), (size[0], 1, *shape), generator=generator)
             targets.append(values.to(torch.int16))
     batch = {"data": torch.randn(size, generator=generator), "target": targets, "keys": ["case"] * size[0]}
-    if isinstance(trainer, nnUNetTrainerSemiSup):
+    if is_ours(trainer):
         count = trainer._unlabeled_batch_size()
         data = torch.randn((count, *size[1:]), generator=generator)
         batch["unlabelled"] = {"data": data, "keys": ["case"] * count}
@@ -163,7 +167,7 @@ def _peak_on_cpu(trainer: nnUNetTrainer, batch: dict, point: float) -> int:
 
 def _tensors(trainer: nnUNetTrainer, batch: dict) -> Iterator[torch.Tensor]:
     """Weights, optimiser state, the method's buffers, and the batch's tensors."""
-    modules = [trainer.network, *([trainer.method] if isinstance(trainer, nnUNetTrainerSemiSup) else [])]
+    modules = [trainer.network, *([trainer.method] if is_ours(trainer) else [])]
     for module in modules:
         yield from module.buffers()
         yield from module.parameters()
@@ -188,7 +192,7 @@ def _timed(trainer: nnUNetTrainer, batch: dict, point: float) -> float:
 def release() -> None:
     """Give back what objects that are gone held, so that it is not counted for the next trainer."""
     gc.collect()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
+from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation.metrics import METRICS
 
 BASELINE = "nnUNetTrainer"
@@ -62,10 +63,14 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     texts = ["fold", "commit", "versions", "hardware", "device"]
     runs = pd.read_csv(results / "runs.csv", dtype=dict.fromkeys(texts, str))
     runs[texts] = runs[texts].fillna("")
-    cases = [
-        pd.read_csv(results / "cases" / f"{run}.csv", dtype={"case": str, "label": str}).assign(run=run)
-        for run in runs["run"].unique()
-    ]
+    cases = []
+    for run in runs["run"].unique():
+        file = results / "cases" / f"{run}.csv"
+        if not file.is_file():
+            raise InputError(
+                f"{file} is missing, but {results / 'runs.csv'} has its run: bring it back, or remove the row"
+            )
+        cases.append(pd.read_csv(file, dtype={"case": str, "label": str}).assign(run=run))
     return runs, pd.concat(cases, ignore_index=True) if cases else pd.DataFrame()
 
 

@@ -5,6 +5,7 @@ Started by ``run.py`` as ``python -m nnunetv2_semisup.benchmark.worker JOB``. St
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -61,7 +62,7 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
     set_threads(device, threads)
     record = work.read(run)
     if record is None:
-        shutil.rmtree(model / f"fold_{run.fold}", ignore_errors=True)
+        _remove(model / f"fold_{run.fold}")
         dataset_json = read_json(raw / "dataset.json", "it belongs to nnU-Net's raw data")
         record = {
             "format": records.FORMAT,
@@ -102,6 +103,26 @@ def train(run: Run, device: str) -> dict:
         torch.backends.cudnn.deterministic = False  # as nnUNetv2_train
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats()
+    ends = _note_ends_of_steps(trainer)
+    start = perf_counter()
+    trainer.run_training()
+    measured = {
+        "steps": len(ends),
+        "seconds_per_step": _median_difference(ends),
+        "train_seconds": round(perf_counter() - start, 1),
+        "peak_memory_mb": round(peak_memory_mb(device)),
+        "threads": torch.get_num_threads(),
+        "loader_processes": get_allowed_n_proc_DA(),
+    }
+    del trainer
+    gc.collect()  # prediction needs the memory
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return measured
+
+
+def _note_ends_of_steps(trainer) -> list[float]:
+    """A list that will hold the time at the end of every training step of ``trainer``."""
     ends: list[float] = []
     step = trainer.train_step
 
@@ -111,16 +132,7 @@ def train(run: Run, device: str) -> dict:
         return result
 
     trainer.train_step = timed_step
-    start = perf_counter()
-    trainer.run_training()
-    return {
-        "steps": len(ends),
-        "seconds_per_step": _median_difference(ends),
-        "train_seconds": round(perf_counter() - start, 1),
-        "peak_memory_mb": round(peak_memory_mb(device)),
-        "threads": torch.get_num_threads(),
-        "loader_processes": get_allowed_n_proc_DA(),
-    }
+    return ends
 
 
 def predict_and_evaluate(run: Run, work: WorkFolder, model: Path, raw: Path, inference: str, device: str) -> dict:
@@ -129,11 +141,12 @@ def predict_and_evaluate(run: Run, work: WorkFolder, model: Path, raw: Path, inf
 
     start = perf_counter()
     output = work.predictions(run) / inference
-    shutil.rmtree(output, ignore_errors=True)
+    _remove(output)
     predict_folder(model, raw / "imagesTs", output, inference, device, folds=(run.fold,))
     predicted = perf_counter()
     cases = evaluate_folder(raw / "labelsTs", output, raw / "dataset.json", None, largest_component=True)
     return {
+        "commit": records.commit(),
         "predict_seconds": round(predicted - start, 1),
         "evaluate_seconds": round(perf_counter() - predicted, 1),
         "cases": [{k: None if isinstance(v, float) and isnan(v) else v for k, v in case.items()} for case in cases],
@@ -187,6 +200,12 @@ def set_threads(device: str, threads: int | None) -> None:
 
     if threads is not None or device == "cuda":
         torch.set_num_threads(threads or 1)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what an interrupted attempt may have left."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _median_difference(times: list[float]) -> float | None:

@@ -75,6 +75,12 @@ def test_changed_numbers_make_pages_and_pictures_stale(results):
     assert report.texts(results)[results / "README.md"] != (results / "README.md").read_text()
 
 
+def test_a_missing_file_of_cases_is_named(results):
+    next((results / "cases").iterdir()).unlink()
+    with pytest.raises(InputError, match=r"cases/Dataset9.*seed\d\.csv is missing"):
+        report.texts(results)
+
+
 def test_pictures_of_numbers_that_are_gone_are_removed(results):
     (results / "plots" / "cases__Dataset999_Old.png").write_bytes(b"")
     drawn = {file.name for file in plots.draw_all(results)}
