@@ -150,6 +150,104 @@ def demo(arguments: list[str] | None = None) -> None:
     demo_module.run(Path(args.o), args.tr, args.epochs, args.device)
 
 
+@command
+def benchmark(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_benchmark",
+        description="Train, predict imagesTs and evaluate a grid of runs, from a YAML file or from -d, -tr, --epochs. "
+        "The same command again goes on where it was stopped; started twice, it shares the work.",
+    )
+    parser.add_argument(
+        "grid", nargs="?", type=Path, metavar="GRID.yaml", help="a list of blocks, see docs/benchmark.md"
+    )
+    parser.add_argument("-d", nargs="+", metavar="ID", help="data sets, one per labelled budget")
+    parser.add_argument("-tr", nargs="+", metavar="TRAINER", help="trainers without epoch suffix")
+    parser.add_argument("--epochs", nargs="+", type=int, metavar="N", help="length of all trainings")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+    parser.add_argument("-c", nargs="+", default=["3d_fullres"], metavar="CONFIGURATION", help="default: 3d_fullres")
+    parser.add_argument("-p", nargs="+", default=["nnUNetPlans"], metavar="PLANS", help="default: nnUNetPlans")
+    parser.add_argument("-f", nargs="+", default=["all"], metavar="FOLD", help="default: all")
+    parser.add_argument(
+        "--inference", nargs="+", default=["nnunet"], metavar="KIND", help="nnunet, literature, or both"
+    )
+    parser.add_argument("-o", type=Path, metavar="WORK", help="work folder (default: benchmark, beside nnUNet_results)")
+    parser.add_argument("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a training (default: all cores)")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="tables and pictures (default: WORK/results)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="print the runs and an estimate of the time")
+    mode.add_argument("--report", action="store_true", help="make tables and pictures, run nothing")
+    mode.add_argument("--speed", action="store_true", help="step time and memory of every trainer over the stock step")
+    mode.add_argument(
+        "--slurm", nargs="*", metavar="KEY=VALUE", help="submit the runs, e.g. slurm_partition=gpu timeout_min=600"
+    )
+    args = parser.parse_args(arguments)
+    from nnunetv2_semisup.benchmark import grid, records, run
+
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f"--threads {args.threads}: at least one is needed")
+    if args.report:
+        from nnunetv2_semisup.benchmark import report
+
+        work = None if args.results and not args.o else records.WorkFolder((args.o or _work_folder()).resolve())
+        report.write(args.results or work.root / "results", work)
+        return 0
+    work = records.WorkFolder((args.o or _work_folder()).resolve())
+    results = args.results or work.root / "results"
+    options = run.Options(args.device, args.threads)
+    if args.speed:
+        return _speed(args, results)
+    if (args.grid is None) == (args.d is None):
+        raise InputError("give either a GRID.yaml or -d, -tr and --epochs")
+    if args.grid:
+        blocks, where = grid.read(args.grid), str(args.grid)
+    else:
+        given = {"datasets": args.d, "seeds": args.seeds, "trainers": args.tr, "epochs": args.epochs, "fold": args.f}
+        given |= {"configuration": args.c, "plans": args.p, "inference": args.inference}
+        blocks, where = [{key: value for key, value in given.items() if value is not None}], "arguments"
+    runs = grid.expand(blocks, lambda dataset: _preprocessed_folder(dataset).name, where)
+    run.check(runs)
+    if args.dry_run:
+        run.dry_run(runs, work, options)
+        return 0
+    if args.slurm is not None:
+        run.submit(runs, work, options, _key_values(args.slurm))
+        return 0
+    return 1 if run.run_grid(runs, work, results, options) else 0
+
+
+def _speed(args: argparse.Namespace, results: Path) -> int:
+    from nnunetv2_semisup.benchmark import speed, worker
+
+    if not args.d:
+        raise InputError("--speed needs a preprocessed data set: -d ID, with -c and -p")
+    worker.set_threads(args.device, args.threads)
+    for dataset in args.d:
+        for plans_name in args.p:
+            for configuration in args.c:
+                where = (_preprocessed_folder(dataset).name, configuration, plans_name)
+                rows = speed.measure(*where, args.device, trainers=args.tr)
+                print(f"{' '.join(where)}, {rows[0]['hardware']}, {rows[0]['threads']} threads\n{speed.table(rows)}")
+                print(f"Written to {speed.write(results, rows)}")
+    return 0
+
+
+def _key_values(texts: list[str]) -> dict:
+    from nnunetv2_semisup.settings import parse_value
+
+    for text in texts:
+        if "=" not in text:
+            raise InputError(f"--slurm {text!r} is malformed: write KEY=VALUE")
+    return {key: parse_value(value) for key, value in (text.split("=", 1) for text in texts)}
+
+
+def _work_folder() -> Path:
+    results = os.environ.get("nnUNet_results")
+    if not results:
+        raise InputError("nnUNet_results is not set: export nnUNet_results=FOLDER, or name a work folder with -o")
+    return Path(results).parent / "benchmark"
+
+
 def _dataset_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", required=True, metavar="ID", help="dataset id or name, e.g. 508 or Dataset508_LA")
 

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from nnunetv2_semisup import cli, discovery
+from nnunetv2_semisup.errors import InputError
 
-COMMANDS = [cli.trainers, cli.plans, cli.preprocess, cli.evaluate, cli.demo]
+COMMANDS = [cli.trainers, cli.plans, cli.preprocess, cli.evaluate, cli.demo, cli.benchmark]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)
@@ -43,6 +44,14 @@ def one_error_line(capsys, *words) -> None:
         (cli.plans, ["-d", "901", "-o", "new", "--set", "nnUNetTrainerMeanTeacher.x=1"], ("'x'",)),
         (cli.plans, ["-d", "901", "-o", "nnUNetPlans"], ("nnUNetPlans",)),
         (cli.evaluate, ["-ref", "r", "-pred", "p", "-djfile", "d.json", "-o", "o"], ("d.json", "does not exist")),
+        (cli.benchmark, [], ("GRID.yaml", "-d")),
+        (cli.benchmark, ["nowhere.yaml"], ("nowhere.yaml",)),
+        (cli.benchmark, ["grid.yaml", "-d", "901"], ("either",)),
+        (cli.benchmark, ["-d", "901", "--epochs", "1"], ("trainers is missing",)),
+        (cli.benchmark, ["-d", "77", "-tr", "nnUNetTrainer", "--epochs", "1"], ("-d 77",)),
+        (cli.benchmark, ["-d", "901", "-tr", "nnUNetTrainer", "--epochs", "1"], ("imagesTs",)),
+        (cli.benchmark, ["-d", "901", "--threads", "0"], ("--threads 0",)),
+        (cli.benchmark, ["--speed"], ("-d ID",)),
         (cli.demo, ["--epochs", "0"], ("--epochs 0",)),
         (cli.demo, ["--epochs", "3"], ("--epochs 3",)),
         (cli.demo, ["-tr", "nnUNetTrainerMeanTeachr"], ("did you mean nnUNetTrainerMeanTeacher",)),
@@ -75,3 +84,16 @@ def test_preprocess_and_plans_do_their_work(tiny, capsys):
     (tiny.preprocessed / "derived.json").unlink()
     splits = json.loads((tiny.preprocessed / "splits_final.json").read_text())  # stock needs them for 3 cases
     assert [fold["val"] for fold in splits] == [["lab0"], ["lab1"], ["lab2"]]
+
+
+def test_slurm_parameters():
+    assert cli._key_values(["slurm_partition=gpu", "timeout_min=60"]) == {"slurm_partition": "gpu", "timeout_min": 60}
+    with pytest.raises(InputError, match="KEY=VALUE"):
+        cli._key_values(["partition"])
+
+
+def test_benchmark_report_of_an_empty_work_folder(tiny, capsys, tmp_path):
+    assert cli.benchmark(["--report", "-o", str(tmp_path / "work")]) == 0
+    assert "No results yet" in (tmp_path / "work" / "results" / "README.md").read_text()
+    assert cli.benchmark(["--report"]) == 0, "the default is beside nnUNet_results"
+    assert (tmp_path / "benchmark" / "results" / "README.md").is_file()

@@ -1,0 +1,252 @@
+"""Time and memory of one training step of every trainer, over the stock step on the same plans, in one process.
+
+The steps are nnU-Net's and ours as they are trained (loss, backward, clipping, optimiser, teacher), on random batches
+that lie ready: loaders are left out. A method may cost more or less in the course of training, so its time is the mean
+over four points of it. Trainers take turns, step by step, so that other load on the machine hits all of them; a ratio
+is the median over rounds of the method's time over the stock step's in the same round.
+
+Peak memory: CUDA's ``max_memory_allocated``; on the CPU what torch allocated at most in one step (profiler) beside the
+weights, optimiser state and batch that were there before. Scratch space inside oneDNN is in neither number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.profiler import ProfilerActivity, profile
+
+from nnunetv2_semisup import discovery
+from nnunetv2_semisup.benchmark import records
+
+BASELINE = "nnUNetTrainer"
+POINTS = (0.125, 0.375, 0.625, 0.875)  # of training
+WARM_UP = 2  # steps per trainer: memory pools, algorithms, compilation
+COLUMNS = (
+    *("dataset", "configuration", "plans", "trainer", "compiled", "step_seconds", "step_ratio"),
+    *("peak_memory_mb", "memory_ratio", "rounds", "device", "hardware", "threads", "commit", "versions"),
+)
+
+
+def measure(
+    dataset: str, configuration: str, plans: str, device: str, rounds: int = 5, trainers: Iterable[str] | None = None
+) -> list[dict]:
+    """Rows (:data:`COLUMNS`) of the stock trainer and of ``trainers``, compiled and not where nnU-Net compiles (CUDA).
+
+    Args:
+        dataset: full name of a preprocessed data set; no image of it is read.
+        configuration: e.g. ``3d_fullres``.
+        plans: name of the plans.
+        device: cuda, cpu or mps.
+        rounds: steps timed per trainer and point of training.
+        trainers: names without epoch suffix; None for all of ours.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports missing GPUs as errors otherwise
+    names = [BASELINE, *(name for name in trainers or discovery.trainers() if name != BASELINE)]
+    common = {"dataset": dataset, "configuration": configuration, "plans": plans, "rounds": rounds, "device": device}
+    common |= {"hardware": records.hardware(device), "threads": torch.get_num_threads(), "commit": records.commit()}
+    common["versions"] = records.versions_text(records.versions())
+    rows = []
+    for compiled in (False, True) if device == "cuda" else (False,):
+        with _variables(nnUNet_compile=str(compiled)):
+            memory = {}
+            for name in names:  # one at a time: nothing of another trainer lies in memory
+                memory[name] = peak_memory_mb(build(dataset, configuration, plans, name, device))
+                release()
+            built = [build(dataset, configuration, plans, name, device) for name in names]
+            times = step_times(built, rounds)
+            for name, seconds in zip(names, times, strict=True):
+                ratios = [s / stock for s, stock in zip(seconds, times[0], strict=True)]
+                measured = {"step_seconds": median(seconds), "step_ratio": median(ratios)}
+                measured |= {"peak_memory_mb": memory[name], "memory_ratio": memory[name] / memory[BASELINE]}
+                rows.append({**common, "trainer": name, "compiled": compiled, **measured})
+            del built
+            release()
+    return rows
+
+
+def build(dataset: str, configuration: str, plans: str, name: str, device: str) -> nnUNetTrainer:
+    """A trainer ready for :func:`step`; the log that its constructor writes goes to a folder that is removed."""
+    with tempfile.TemporaryDirectory() as folder, _variables(nnUNet_results=folder), _silent():
+        trainer = get_trainer_from_args(dataset, configuration, "all", name, plans, device=torch.device(device))
+        trainer.initialize()
+    trainer.print_to_log_file = lambda *arguments, **options: None
+    trainer.network.train()
+    if is_ours(trainer):
+        trainer.method.reset(trainer.bare_network)
+        trainer.method.train()
+    return trainer
+
+
+def is_ours(trainer: nnUNetTrainer) -> bool:
+    """Whether it is a semi-supervised trainer of this package, with a method and an unlabelled batch."""
+    return hasattr(trainer, "method")
+
+
+def random_batch(trainer: nnUNetTrainer, seed: int = 0) -> dict:
+    """A batch as the loader gives it: normal noise, a random valid target, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    manager = trainer.label_manager
+    size = (trainer.batch_size, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
+    targets = []
+    for scale in trainer._get_deep_supervision_scales():
+        shape = [round(n * s) for n, s in zip(size[2:], scale, strict=True)]
+        if manager.has_regions:
+            channels = manager.num_segmentation_heads + manager.has_ignore_label
+            targets.append(torch.rand((size[0], channels, *shape), generator=generator) > 0.5)
+        else:
+            values = torch.randint(len(manager.all_labels), (size[0], 1, *shape), generator=generator)
+            targets.append(values.to(torch.int16))
+    batch = {"data": torch.randn(size, generator=generator), "target": targets, "keys": ["case"] * size[0]}
+    if is_ours(trainer):
+        count = trainer._unlabeled_batch_size()
+        data = torch.randn((count, *size[1:]), generator=generator)
+        batch["unlabelled"] = {"data": data, "keys": ["case"] * count}
+    return batch
+
+
+def step_times(trainers: list[nnUNetTrainer], rounds: int) -> list[list[float]]:
+    """Seconds per step, for each trainer a list over rounds of the mean over :data:`POINTS`; they take turns."""
+    batches = [random_batch(trainer) for trainer in trainers]
+    for trainer, batch in zip(trainers, batches, strict=True):
+        for point in POINTS:
+            for _ in range(WARM_UP):
+                step(trainer, batch, point)
+    times: list[list[float]] = [[] for _ in trainers]
+    for _ in range(rounds):
+        for i, (trainer, batch) in enumerate(zip(trainers, batches, strict=True)):
+            times[i].append(sum(_timed(trainer, batch, point) for point in POINTS) / len(POINTS))
+    return times
+
+
+def step(trainer: nnUNetTrainer, batch: dict, point: float) -> None:
+    """One training step as at ``point`` (share of training done). It ends with a loss on the CPU, so is synchronous."""
+    trainer.current_epoch = int(point * trainer.num_epochs)
+    trainer.train_step(batch)
+
+
+def peak_memory_mb(trainer: nnUNetTrainer) -> float:
+    """Largest amount that one step of ``trainer`` held, over all points of training, in MiB."""
+    batch = random_batch(trainer)
+    step(trainer, batch, POINTS[0])  # the optimiser's state exists from the first step on
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        for point in POINTS:
+            step(trainer, batch, point)
+        return torch.cuda.max_memory_allocated() / 2**20
+    return max(_peak_on_cpu(trainer, batch, point) for point in POINTS) / 2**20
+
+
+def _peak_on_cpu(trainer: nnUNetTrainer, batch: dict, point: float) -> int:
+    trainer.optimizer.zero_grad(set_to_none=True)  # as the step does first; the profiler would miss it
+    before = _bytes(_tensors(trainer, batch))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(trainer, batch, point)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        held += change
+        peak = max(peak, held)
+    return before + peak
+
+
+def _tensors(trainer: nnUNetTrainer, batch: dict) -> Iterator[torch.Tensor]:
+    """Weights, optimiser state, the method's buffers, and the batch's tensors."""
+    modules = [trainer.network, *([trainer.method] if is_ours(trainer) else [])]
+    for module in modules:
+        yield from module.buffers()
+        yield from module.parameters()
+    for state in trainer.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+    yield batch["data"]
+    yield from batch["target"]
+    if "unlabelled" in batch:
+        yield batch["unlabelled"]["data"]
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in tensors}.values())
+
+
+def _timed(trainer: nnUNetTrainer, batch: dict, point: float) -> float:
+    start = perf_counter()
+    step(trainer, batch, point)
+    return perf_counter() - start
+
+
+def release() -> None:
+    """Give back what objects that are gone held, so that it is not counted for the next trainer."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = ["| trainer | compiled | s per step | over stock | peak MiB | over stock |", "|---|---|---|---|---|---|"]
+    digits = {"step_seconds": 4, "step_ratio": 2, "peak_memory_mb": 0, "memory_ratio": 2}
+    for row in rows:
+        cells = [row["trainer"], "yes" if str(row["compiled"]) == "True" else "no"]
+        cells += [f"{float(row[key]):.{n}f}" for key, n in digits.items()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sections(results: Path) -> str:
+    """``results/speed.csv`` as Markdown, a table per plans and machine; empty without that file."""
+    groups: dict[str, list[dict]] = {}
+    for row in records.read_csv(results / "speed.csv"):
+        where = f"{row['dataset']}, {row['configuration']}, plans `{row['plans']}`"
+        how = f"{row['hardware']}, {row['threads']} threads, {row['rounds']} rounds, commit {row['commit']}"
+        groups.setdefault(f"{where}; {how}:", []).append(row)
+    return "\n".join(f"{title}\n\n{table(rows)}\n" for title, rows in groups.items())
+
+
+def write(results: Path, rows: list[dict]) -> Path:
+    """Put ``rows`` into ``results/speed.csv``, in the place of earlier ones of the same trainer, plans and hardware."""
+    file = results / "speed.csv"
+
+    def key(row: dict) -> tuple[str, ...]:
+        names = ("dataset", "configuration", "plans", "trainer", "compiled", "device", "hardware", "threads")
+        return tuple(str(row[name]) for name in names)
+
+    new = {key(row) for row in rows}
+    records.write_csv(file, COLUMNS, [*(row for row in records.read_csv(file) if key(row) not in new), *rows])
+    return file
+
+
+@contextlib.contextmanager
+def _variables(**values: str) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

@@ -1,0 +1,249 @@
+"""From ``runs.csv`` and ``cases/*.csv`` to comparisons with the stock baseline, and to Markdown.
+
+One comparison per trainer, data set (labelled budget), plans, length, fold, inference and post-processing. Its baseline
+is stock ``nnUNetTrainer`` where all of these are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import wilcoxon
+
+from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.evaluation.metrics import METRICS
+
+BASELINE = "nnUNetTrainer"
+#: What must be equal for two trainers to be compared.
+SETTING = ("dataset", "labeled", "configuration", "plans", "epochs", "steps", "fold", "inference", "postprocessing")
+MACHINE = ("device", "hardware", "threads", "loader_processes")
+EMPTY = "No results yet.\n"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One trainer in one setting, against the stock baseline of that setting.
+
+    Attributes:
+        setting: values of :data:`SETTING`.
+        trainer: without epoch suffix.
+        seeds: of its runs.
+        mean, sd: metric -> mean and sd (n - 1) over seeds of the runs' means over cases; sd is NaN for one seed.
+        failures, masks: over all seeds: masks of which exactly one of prediction and reference is empty, and all.
+        cases: case -> Dice, mean over labels and seeds.
+        difference: mean over cases of Dice minus the baseline's, each case's mean over seeds taken first; NaN without
+            baseline, as is what follows.
+        p: Wilcoxon's signed-rank test of these differences, two-sided.
+        verdict: see :func:`verdict`.
+        cost: median seconds per step over the baseline's, if measured on equal machines.
+    """
+
+    setting: dict
+    trainer: str
+    seeds: tuple[int, ...]
+    mean: dict[str, float]
+    sd: dict[str, float]
+    failures: int
+    masks: int
+    cases: pd.Series = field(repr=False)
+    difference: float
+    p: float
+    verdict: str
+    cost: float
+
+
+def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``runs.csv``, and all rows of its runs' files in ``cases`` with a column ``run``; both empty without results."""
+    if not (results / "runs.csv").is_file():
+        return pd.DataFrame(), pd.DataFrame()
+    texts = ["fold", "commit", "versions", "hardware", "device"]
+    runs = pd.read_csv(results / "runs.csv", dtype=dict.fromkeys(texts, str))
+    runs[texts] = runs[texts].fillna("")
+    cases = []
+    for run in runs["run"].unique():
+        file = results / "cases" / f"{run}.csv"
+        if not file.is_file():
+            raise InputError(
+                f"{file} is missing, but {results / 'runs.csv'} has its run: bring it back, or remove the row"
+            )
+        cases.append(pd.read_csv(file, dtype={"case": str, "label": str}).assign(run=run))
+    return runs, pd.concat(cases, ignore_index=True) if cases else pd.DataFrame()
+
+
+def compare(runs: pd.DataFrame, cases: pd.DataFrame) -> list[Comparison]:
+    """All comparisons, ordered by setting, the baseline first."""
+    if runs.empty:
+        return []
+    cases = cases.merge(runs[["run", "trainer", "seed", *SETTING]], on=["run", "inference", "postprocessing"])
+    rows_by_setting = cases.groupby(list(SETTING))
+    comparisons = []
+    for values, of_setting in runs.groupby(list(SETTING), sort=False):
+        setting = dict(zip(SETTING, values, strict=True))
+        rows_of_setting = rows_by_setting.get_group(values)
+        baseline = of_setting[of_setting["trainer"] == BASELINE]
+        dice = {t: _dice_per_case(rows) for t, rows in rows_of_setting.groupby("trainer", sort=False)}
+        for trainer, of_trainer in of_setting.groupby("trainer", sort=False):
+            masks = (rows_of_setting["trainer"] == trainer).sum()
+            difference, p = math.nan, math.nan
+            if trainer != BASELINE and not baseline.empty:
+                difference, p = paired_difference(dice[trainer], dice[BASELINE])
+            comparisons.append(
+                Comparison(
+                    setting=setting,
+                    trainer=trainer,
+                    seeds=tuple(sorted(of_trainer["seed"])),
+                    mean={m: of_trainer[m].mean() for m in METRICS},
+                    sd={m: of_trainer[m].std(ddof=1) for m in METRICS},
+                    failures=int(of_trainer["failures"].sum()),
+                    masks=int(masks),
+                    cases=dice[trainer],
+                    difference=difference,
+                    p=p,
+                    verdict=verdict(difference, baseline["dice"].std(ddof=1)),
+                    cost=_cost(of_trainer, baseline) if trainer != BASELINE else math.nan,
+                )
+            )
+    return sorted(comparisons, key=_order)
+
+
+def paired_difference(method: pd.Series, baseline: pd.Series) -> tuple[float, float]:
+    """Mean over common cases of the difference, and Wilcoxon's p (NaN where every difference is 0).
+
+    Args:
+        method, baseline: case -> Dice.
+    """
+    differences = (method - baseline).dropna()
+    if differences.empty or not differences.any():
+        return (0.0 if len(differences) else math.nan), math.nan
+    return float(differences.mean()), float(wilcoxon(differences).pvalue)
+
+
+def verdict(difference: float, baseline_sd: float) -> str:
+    """``beats``: mean difference above twice the baseline's sd over seeds. ``worse``: below minus that.
+
+    Without a baseline nothing is said, and with one seed of it there is no measure of chance.
+    """
+    if math.isnan(difference):
+        return ""
+    if math.isnan(baseline_sd):
+        return "one seed"
+    if abs(difference) <= 2 * baseline_sd:
+        return "no difference"
+    return "beats" if difference > 0 else "worse"
+
+
+def _dice_per_case(rows: pd.DataFrame) -> pd.Series:
+    by_run = rows.groupby(["case", "seed"])["dice"].mean()  # over labels
+    return by_run.groupby("case").mean()  # over seeds
+
+
+def _cost(method: pd.DataFrame, baseline: pd.DataFrame) -> float:
+    """Median seconds per step over the baseline's; NaN unless both ran on one and the same kind of machine."""
+    machines = pd.concat([method, baseline])[list(MACHINE)].drop_duplicates()
+    if baseline.empty or len(machines) != 1:
+        return math.nan
+    return float(method["seconds_per_step"].median() / baseline["seconds_per_step"].median())
+
+
+def _order(comparison: Comparison) -> tuple:
+    setting = comparison.setting
+    where = (family(setting["dataset"]), setting["configuration"], setting["plans"], setting["steps"], setting["fold"])
+    how = (setting["inference"] != "nnunet", setting["postprocessing"] != "none")
+    return (*where, setting["labeled"], setting["dataset"], *how, comparison.trainer != BASELINE, comparison.trainer)
+
+
+def family(dataset: str) -> str:
+    """The name without number: data sets that differ in their labelled cases alone share it."""
+    return dataset.split("_", 1)[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- Markdown
+
+
+def short_table(comparisons: list[Comparison]) -> str:
+    """For the front page: nnU-Net's own inference, no post-processing, Dice alone."""
+    chosen = [c for c in comparisons if (c.setting["inference"], c.setting["postprocessing"]) == ("nnunet", "none")]
+    if not chosen:
+        return EMPTY
+    header = "data", "labelled", "trainer", "steps", "seeds", "Dice in %", "difference (p)", "verdict", "step cost"
+    rows = [
+        (
+            family(c.setting["dataset"])
+            + ("" if c.setting["plans"] == "nnUNetPlans" else f", plans {c.setting['plans']}"),
+            f"{c.setting['labeled']}",
+            f"`{c.trainer}`",
+            f"{c.setting['steps']:,}",
+            f"{len(c.seeds)}",
+            _mean_sd(c, "dice"),
+            _difference(c),
+            c.verdict,
+            _ratio(c.cost),
+        )
+        for c in chosen
+    ]
+    return _markdown(header, rows)
+
+
+def full_tables(comparisons: list[Comparison]) -> str:
+    """One table per data set, plans and length, with every metric, inference and post-processing."""
+    if not comparisons:
+        return EMPTY
+    header = (
+        *("trainer", "inference", "component", "seeds", "Dice %", "Jaccard %", "95HD voxel", "ASD voxel"),
+        *("95HD mm", "ASSD mm", "failures", "difference (p)", "verdict", "step cost"),
+    )
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for c in comparisons:
+        s = c.setting
+        title = (
+            f"### {s['dataset']}: {s['labeled']} labelled, {s['configuration']}, plans `{s['plans']}`, "
+            f"{s['epochs']} epochs ({s['steps']:,} steps), fold {s['fold']}"
+        )
+        row = (
+            *(f"`{c.trainer}`", s["inference"], "all" if s["postprocessing"] == "none" else "largest"),
+            " ".join(map(str, c.seeds)),
+            *(_mean_sd(c, metric) for metric in METRICS),
+            *(f"{c.failures} of {c.masks}", _difference(c), c.verdict, _ratio(c.cost)),
+        )
+        sections.setdefault(title, []).append(row)
+    return "\n".join(f"{title}\n\n{_markdown(header, rows)}" for title, rows in sections.items())
+
+
+def provenance(runs: pd.DataFrame) -> str:
+    """Which code on which machine made the rows."""
+    if runs.empty:
+        return ""
+    columns = ["commit", "versions", "hardware", "threads", "loader_processes"]
+    rows = [
+        (*(f"{row[c]}" for c in columns), f"{row['runs']}")
+        for row in runs.groupby(columns, sort=True)["run"].nunique().reset_index(name="runs").to_dict("records")
+    ]
+    return _markdown(("commit", "versions", "hardware", "threads", "loader processes", "runs"), rows)
+
+
+def _mean_sd(c: Comparison, metric: str) -> str:
+    factor, digits = (100, 1) if metric in ("dice", "jaccard") else (1, 2)
+    if math.isnan(c.mean[metric]):
+        return "–"
+    sd = "–" if math.isnan(c.sd[metric]) else f"{factor * c.sd[metric]:.{digits}f}"
+    return f"{factor * c.mean[metric]:.{digits}f} ± {sd}"
+
+
+def _difference(c: Comparison) -> str:
+    if math.isnan(c.difference):
+        return ""
+    p = "–" if math.isnan(c.p) else "< 0.001" if c.p < 0.001 else f"{c.p:.3f}"
+    return f"{100 * c.difference:+.1f} ({p})"
+
+
+def _ratio(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.1f}"
+
+
+def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

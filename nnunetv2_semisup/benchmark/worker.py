@@ -1,0 +1,218 @@
+"""One run in a process of its own: seed, train with nnU-Net's own trainer, predict the test images, evaluate, record.
+
+Started by ``run.py`` as ``python -m nnunetv2_semisup.benchmark.worker JOB``. Stock trainers and ours go the same way.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from datetime import datetime, timezone
+from itertools import pairwise
+from math import isnan
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+from filelock import FileLock, Timeout
+
+from nnunetv2_semisup.benchmark import records
+from nnunetv2_semisup.benchmark.grid import Run
+from nnunetv2_semisup.benchmark.records import WorkFolder
+from nnunetv2_semisup.data.folders import labelled_identifiers, read_json
+from nnunetv2_semisup.errors import InputError
+
+BUSY = 75  # exit code when another process does this run (EX_TEMPFAIL)
+LOCK_SECONDS = 10  # a killed runner's process needs a moment to die
+
+
+def main(job: dict) -> int:
+    """Do a job and return the exit code.
+
+    Args:
+        job: ``run`` (fields of :class:`Run`), ``work`` (folder), ``device``, ``threads`` (None: all cores).
+    """
+    run = Run(**{**job["run"], "inference": tuple(job["run"]["inference"])})
+    work = WorkFolder(Path(job["work"]))
+    work.lock(run).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(str(work.lock(run)), timeout=LOCK_SECONDS):
+            print(f"\n===== {run.id}, {now()} =====", flush=True)
+            execute(run, work, job["device"], job["threads"])
+    except Timeout:
+        return BUSY
+    return 0
+
+
+def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> None:
+    """Train unless that is recorded, then do and record the inferences that are missing, one by one."""
+    if not work.missing(run):
+        return
+    raw = Path(os.environ["nnUNet_raw"], run.dataset)
+    plans_file = Path(os.environ["nnUNet_preprocessed"], run.dataset, f"{run.plans}.json")
+    plans = read_json(plans_file, "run nnUNetv2_plan_and_preprocess")
+    model = work.model(run, plans["plans_name"])
+    os.environ["nnUNet_results"] = str(work.nnunet_results(run))
+    set_threads(device, threads)
+    record = work.read(run)
+    if record is None:
+        _remove(model / f"fold_{run.fold}")
+        dataset_json = read_json(raw / "dataset.json", "it belongs to nnU-Net's raw data")
+        record = {
+            "format": records.FORMAT,
+            "run": run.id,
+            **{key: value for key, value in vars(run).items() if key != "inference"},
+            "labeled": len(labelled_identifiers(raw, dataset_json)),
+            "started": now(),
+            "device": device,
+            "hardware": records.hardware(device),
+            "commit": records.commit(),
+            "versions": records.versions(),
+            **train(run, device),
+            "evaluations": {},
+        }
+        records.write(work.record(run), record)
+    elif not (model / f"fold_{run.fold}" / "checkpoint_final.pth").is_file():
+        raise InputError(
+            f"{model} no longer holds the checkpoint of a trained run: remove {work.record(run)} to train it again"
+        )
+    for inference in work.missing(run):
+        record["evaluations"][inference] = predict_and_evaluate(run, work, model, raw, inference, device)
+        records.write(work.record(run), record)
+    work.failure(run).unlink(missing_ok=True)
+
+
+def train(run: Run, device: str) -> dict:
+    """Train; returns what was measured. nnU-Net's validation afterwards is left out: no choice rests on it."""
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args
+    from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+    seed_everything(run.seed)
+    fold = run.fold if run.fold == "all" else int(run.fold)
+    trainer = get_trainer_from_args(
+        run.dataset, run.configuration, fold, run.trainer_name, run.plans, device=torch.device(device)
+    )
+    if device == "cuda":
+        torch.backends.cudnn.deterministic = False  # as nnUNetv2_train
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats()
+    ends = _note_ends_of_steps(trainer)
+    start = perf_counter()
+    trainer.run_training()
+    measured = {
+        "steps": len(ends),
+        "seconds_per_step": _median_difference(ends),
+        "train_seconds": round(perf_counter() - start, 1),
+        "peak_memory_mb": round(peak_memory_mb(device)),
+        "threads": torch.get_num_threads(),
+        "loader_processes": get_allowed_n_proc_DA(),
+    }
+    del trainer
+    gc.collect()  # prediction needs the memory
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return measured
+
+
+def _note_ends_of_steps(trainer) -> list[float]:
+    """A list that will hold the time at the end of every training step of ``trainer``."""
+    ends: list[float] = []
+    step = trainer.train_step
+
+    def timed_step(batch):
+        result = step(batch)
+        ends.append(perf_counter())
+        return result
+
+    trainer.train_step = timed_step
+    return ends
+
+
+def predict_and_evaluate(run: Run, work: WorkFolder, model: Path, raw: Path, inference: str, device: str) -> dict:
+    from nnunetv2_semisup.evaluation.folder import evaluate_folder
+    from nnunetv2_semisup.evaluation.inference import predict_folder
+
+    start = perf_counter()
+    output = work.predictions(run) / inference
+    _remove(output)
+    predict_folder(model, raw / "imagesTs", output, inference, device, folds=(run.fold,))
+    predicted = perf_counter()
+    cases = evaluate_folder(raw / "labelsTs", output, raw / "dataset.json", None, largest_component=True)
+    return {
+        "commit": records.commit(),
+        "predict_seconds": round(predicted - start, 1),
+        "evaluate_seconds": round(perf_counter() - predicted, 1),
+        "cases": [{k: None if isinstance(v, float) and isnan(v) else v for k, v in case.items()} for case in cases],
+    }
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch of this process.
+
+    nnU-Net gives its loader workers fresh random seeds, so with workers only the initial weights and what is drawn in
+    this process (noise, boxes) repeat; with ``nnUNet_n_proc_DA=0`` a run on the CPU repeats exactly.
+    """
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def peak_memory_mb(device: str) -> float:
+    """CUDA: most memory torch had allocated. Else: largest resident set of this process, interpreter included."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def end_with_parent() -> None:
+    """Kill this process group when the runner's end of our standard input closes, even if it was killed itself."""
+
+    def wait():
+        while os.read(0, 1):
+            pass
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def set_threads(device: str, threads: int | None) -> None:
+    """torch's threads: ``threads``, or without it all cores on the CPU and one beside a GPU, as ``nnUNetv2_train``."""
+    import torch
+
+    if threads is not None or device == "cuda":
+        torch.set_num_threads(threads or 1)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what an interrupted attempt may have left."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _median_difference(times: list[float]) -> float | None:
+    """Median time from the end of one step to the end of the next, loading included; None for a single step."""
+    return round(median(b - a for a, b in pairwise(times)), 5) if len(times) > 1 else None
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    sys.exit(main(json.loads(sys.argv[1])))

@@ -1,0 +1,132 @@
+"""Generated pages and pictures: made from the CSV files, and noticed when they are stale."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from nnunetv2_semisup.benchmark import plots, records, report, speed, table
+from nnunetv2_semisup.errors import InputError
+
+from .conftest import CASES, make_record, make_run
+
+REPOSITORY = Path(__file__).parents[2]
+MARKERS = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+
+
+@pytest.fixture
+def results(filled, tmp_path):
+    (tmp_path / "README.md").write_text(MARKERS)
+    records.collect(filled, tmp_path / "results")
+    report.write(tmp_path / "results", None)
+    return tmp_path / "results"
+
+
+def test_the_repositorys_pages_and_pictures_are_those_of_its_numbers():
+    results = REPOSITORY / "results"
+    for file, text in report.texts(results).items():
+        assert file.read_text(encoding="utf-8") == text, f"{file} is stale: run {report.COMMAND}"
+    assert REPOSITORY / "README.md" in report.texts(results), "README.md has lost its markers"
+    assert plots.stale(results) == [], f"stale pictures: run {report.COMMAND}"
+
+
+def test_no_results_yet(tmp_path):
+    (tmp_path / "README.md").write_text(MARKERS)
+    report.write(tmp_path / "results", None)
+    assert (tmp_path / "README.md").read_text() == f"before\n{report.BEGIN}\n{table.EMPTY}{report.END}\nafter\n"
+    assert (tmp_path / "results" / "README.md").read_text().endswith(table.EMPTY)
+    assert [f.name for f in (tmp_path / "results").iterdir()] == ["README.md"] and plots.stale(
+        tmp_path / "results"
+    ) == []
+
+
+def test_pages(results):
+    front = (results.parent / "README.md").read_text()
+    assert front.startswith("before\n") and front.endswith("\nafter\n") and "old" not in front
+    assert front.count("`nnUNetTrainerCrossMatch`") == 2
+    page = (results / "README.md").read_text()
+    assert page.count("### Dataset9") == 3 and "A processor, 2 cores" in page
+    for picture in re.findall(r"\]\((plots/.*?)\)", page):
+        assert (results / picture).is_file()
+    report.write(results, None)
+    assert (results.parent / "README.md").read_text() == front and (results / "README.md").read_text() == page
+
+
+def test_a_readme_without_markers_is_left_alone_and_half_a_marker_is_an_error(results):
+    front = results.parent / "README.md"
+    front.write_text("my own")
+    assert front not in report.texts(results)
+    front.write_text(report.BEGIN)
+    with pytest.raises(InputError, match=r"README.md has the marker.*add it"):
+        report.texts(results)
+
+
+def test_changed_numbers_make_pages_and_pictures_stale(results):
+    assert plots.stale(results) == []
+    case_file = next((results / "cases").glob("Dataset908*CrossMatch*"))
+    lines = case_file.read_text().splitlines()
+    changed = lines[1].split(",")
+    changed[4] = "0.123400"
+    case_file.write_text("\n".join([lines[0], ",".join(changed), *lines[2:]]) + "\n")
+    stale = plots.stale(results)
+    assert {name.split("__")[0] for name in stale} == {"labels", "cases"} and all("904" not in name for name in stale)
+    assert report.texts(results)[results / "README.md"] != (results / "README.md").read_text()
+
+
+def test_a_missing_file_of_cases_is_named(results):
+    next((results / "cases").iterdir()).unlink()
+    with pytest.raises(InputError, match=r"cases/Dataset9.*seed\d\.csv is missing"):
+        report.texts(results)
+
+
+def test_pictures_of_numbers_that_are_gone_are_removed(results):
+    (results / "plots" / "cases__Dataset999_Old.png").write_bytes(b"")
+    drawn = {file.name for file in plots.draw_all(results)}
+    assert {file.name for file in (results / "plots").iterdir()} == drawn
+
+
+def test_pictures_show_something(results):
+    for file in (results / "plots").iterdir():
+        image = imread(file)
+        assert min(image.shape[:2]) > 300 and image[..., :3].std() > 0.05
+
+
+def test_many_trainers_have_looks_of_their_own():
+    looks = {(plots._colour(i), plots._marker(i)) for i in range(30)}
+    assert len(looks) == 30
+
+
+def test_overlays_go_into_the_work_folder(benchmark_data, use, work, tmp_path):
+    """Two trainers that predict the truth, and nothing."""
+    dataset = use(benchmark_data)
+    cases = [f.name.removesuffix(".nii.gz") for f in sorted((dataset.raw / "labelsTs").iterdir())]
+    for trainer, dice in (("nnUNetTrainer", [1.0, 0.9, 0.8]), ("nnUNetTrainerMeanTeacher", [0.0, 0.5, 0.9])):
+        run = make_run(dataset=dataset.name, trainer=trainer, plans="nnUNetPlans")
+        record = make_record(run, dice)
+        for row in record["evaluations"]["nnunet"]["cases"]:
+            row["case"] = cases[CASES.index(row["case"])]
+        records.write(work.record(run), record)
+        folder = work.predictions(run) / "nnunet"
+        folder.mkdir(parents=True)
+        for case in cases:
+            (folder / f"{case}.nii.gz").write_bytes((dataset.raw / "labelsTs" / f"{case}.nii.gz").read_bytes())
+    report.write(tmp_path / "results", work)
+    drawn = sorted((work.root / "overlays").iterdir())
+    assert len(drawn) == 2
+    in_results = {file.name for file in (tmp_path / "results").rglob("*.png")}
+    assert not in_results & {file.name for file in drawn}
+    widths = [imread(file).shape[1] for file in drawn]
+    assert widths[0] < widths[1] or widths[1] < widths[0], "stock alone has a column less"
+    assert np.ptp(imread(drawn[0])[..., 2]) > 0.5
+
+
+def test_speed_table(tmp_path):
+    row = dict.fromkeys(speed.COLUMNS, "x") | {"compiled": False, "step_ratio": 2.5, "memory_ratio": 1.5}
+    row |= {"step_seconds": 0.2, "peak_memory_mb": 100.0, "trainer": "nnUNetTrainerMeanTeacher"}
+    speed.write(tmp_path, [row])
+    speed.write(tmp_path, [row | {"step_ratio": 2.4}, row | {"hardware": "y"}])
+    text = report.texts(tmp_path)[tmp_path / "README.md"]
+    assert text.count("| nnUNetTrainerMeanTeacher | no | 0.2000 |") == 2, "one row per machine, the newest"
+    assert "| 2.40 | 100 | 1.50 |" in text and "| 2.50 | 100 | 1.50 |" in text
