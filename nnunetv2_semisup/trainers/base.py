@@ -45,7 +45,7 @@ MAX_OVERFLOWS_IN_A_ROW = 20  # a GradScaler that starts at 2^16 has passed every
 
 
 class nnUNetTrainerSemiSup(nnUNetTrainer):
-    """nnU-Net's trainer with a second, unlabelled stream. Subclasses set ``method_class`` and nothing else."""
+    """nnU-Net's trainer with a second, unlabelled stream. Subclasses set ``method_class``, rarely more."""
 
     method_class: ClassVar[type[SemiSupMethod] | None] = None
     epochs_of_name: ClassVar[int | None] = None  # set on nnUNetTrainer<Method>_<N>epochs

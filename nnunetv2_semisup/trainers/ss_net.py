@@ -94,7 +94,7 @@ class SSNet(SemiSupMethod):
       are averaged. ``joint_linear`` of softmax is additive over voxels, hence exactly the published one.
     - Only rows that can contribute enter the heads (classes with two prototypes and two voxels at least; in the code
       all voxels do, background included, and shape the batch statistics), and at most ``cs_max_rows`` of them, drawn
-      evenly, also as candidates for prototypes.
+      evenly, also as candidates for prototypes. The background has no selector; the code's is never used.
     - Regions: a class is a region, its voxels those above 0.5; nothing is background. Voxels without a label (ignore
       label) are neither prototypes nor labelled features; the smoothness term uses them.
     - Several processes: each has its own prototypes and batch statistics of the heads, from its own patches; those of

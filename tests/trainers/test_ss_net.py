@@ -1,6 +1,7 @@
 """The invariants of SS-Net (as published; see the module's docstring for the terms)."""
 
 import contextlib
+import dataclasses
 import math
 from pathlib import Path
 
@@ -60,10 +61,12 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
 
 
 def assert_close(mine: dict, expected: dict, rtol=1e-4, atol=1e-6) -> None:
-    assert mine.keys() == expected.keys()
+    """Equal up to rounding, relative to the largest of all; what is missing in ``expected`` is 0."""
+    assert expected.keys() <= mine.keys()
     scale = max(float(g.abs().max()) for g in expected.values())
-    for key in expected:
-        torch.testing.assert_close(mine[key], expected[key], rtol=rtol, atol=atol * scale, msg=key)
+    for key, gradient in mine.items():
+        other = expected.get(key, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, other, rtol=rtol, atol=atol * scale, msg=key)
 
 
 # --------------------------------------------------------------------------------- the published plan, written plainly
@@ -166,10 +169,7 @@ def test_gradients_equal_the_published_plan(kind, settings, datasets, use, monke
             if isinstance(module, torch.nn.BatchNorm1d):
                 module.reset_running_stats()
     published_plan(trainer, batch, torch.cat(drawn[::-1])).backward()  # unlabelled noise is drawn first
-    expected = gradients(trainer)
-    for key in mine.keys() - expected.keys():  # heads of classes that do not contribute
-        assert not mine.pop(key).any(), key
-    assert_close(mine, expected, rtol=2e-3, atol=2e-5)
+    assert_close(mine, gradients(trainer), rtol=2e-3, atol=2e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ the noise
@@ -338,11 +338,11 @@ def test_prototypes_are_of_this_step_and_stay_where_a_class_is_missing(datasets,
     memory = trainer.method.memory
     terms(trainer, make_batch(trainer))
     before = memory.rows.clone()
+    assert (memory.count > 0).all()
     batch = make_batch(trainer, 1)
     batch["target"][0][batch["target"][0] == 2] = 1
     terms(trainer, batch)
-    changed = (memory.rows != before).flatten(1).any(1)
-    assert changed.tolist() == [True, False, True] or int(memory.count[1]) == 0
+    assert (memory.rows != before).flatten(1).any(1).tolist() == [True, False, True]
 
 
 def test_an_overflowed_forward_leaves_nothing_in_the_memory(tiny):
@@ -412,10 +412,9 @@ def test_divisor_counts_the_background(filled):
 
 def test_capped_rows_estimate_the_same_loss(filled):
     method, features, _, voxels = filled
-    method.selectors.forward = None
     everything = method._separation(features, voxels).item()
     assert everything == method._separation(features, voxels).item(), "no chance where all rows fit"
-    object.__setattr__(method.settings, "cs_max_rows", 40)
+    method.settings = dataclasses.replace(method.settings, cs_max_rows=40)
     capped = [method._separation(features, voxels).item() for _ in range(60)]
     assert len(set(capped)) > 1 and sum(capped) / 60 == pytest.approx(everything, rel=0.02)
 
@@ -439,6 +438,20 @@ def test_weights_follow_the_published_ramp(tiny, step, ramp):
     expected |= {"smoothness_unlabelled": 0.8 * 6 / 8, "smoothness_labelled": 0.8 * 2 / 8}
     expected = {n: w * ramp for n, w in expected.items()} | {"supervised": 1.0}
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("names", [["separation_unlabelled", "separation_labelled"], TERMS[1:3]], ids=" ".join)
+def test_each_pair_of_terms_falls_when_it_is_trained_alone(tiny, names):
+    trainer = build(tiny, "2d", vat_eps_rms=0.1, vat_xi_rms=0.1)
+    batch, history = make_batch(trainer), []
+    for step in range(40):
+        trainer.optimizer.zero_grad()
+        found = terms(trainer, batch, seed=step)
+        loss = sum(found[name][1] for name in names)
+        loss.backward()
+        trainer.optimizer.step()
+        history.append(loss.item())
+    assert sum(history[-5:]) < 0.7 * sum(history[:5])
 
 
 def test_without_separation_there_are_no_prototypes(tiny):
@@ -509,6 +522,23 @@ def test_the_device_is_never_waited_for(datasets, use, monkeypatch):
     unlabelled = {"data": batch["unlabelled"]["data"].to("meta")}
     names = [name for group in trainer.method.losses(trainer.network, on_meta, unlabelled, 0.5) for name in group]
     assert names == TERMS
+
+
+def test_compiled_taps_give_the_same_gradients(tiny, monkeypatch):
+    """Frozen weights in the search, a graph that waits for its backward: also where the network is compiled."""
+    trainer = build(tiny)
+    batch = make_batch(trainer)
+    saved = {k: v.clone() for k, v in trainer.method.state_dict().items()}
+    backward(trainer, batch)
+    expected = gradients(trainer)
+    trainer.method.load_state_dict(saved)
+    eager = torch.compile  # the real one, with a backend that needs no compiler
+    monkeypatch.setattr(taps.torch, "compile", lambda f: eager(f, backend="aot_eager"))
+    taps._compiled.cache_clear()
+    taps.compile_taps(trainer.network)
+    backward(trainer, batch)
+    assert_close(gradients(trainer), expected, atol=1e-5)
+    taps._compiled.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ saving, several ranks
