@@ -10,7 +10,7 @@ def test_only_voxels_with_a_target_count():
     prediction = torch.tensor([[[0.5, -0.5, 0.9]]], requires_grad=True)
     target = torch.tensor([[[1.0, -1.0, math.nan]]])
     value = mean_squared_error_where_known(prediction, target)
-    assert float(value) == pytest.approx(0.25)
+    assert value.item() == pytest.approx(0.25)
     value.backward()
     assert prediction.grad.flatten().tolist() == pytest.approx([-0.5, 0.5, 0.0])
 
@@ -19,7 +19,7 @@ def test_without_any_target_it_is_zero_with_zero_gradient():
     prediction = torch.randn(2, 3, 4, requires_grad=True)
     value = mean_squared_error_where_known(prediction, torch.full((2, 3, 4), math.nan))
     value.backward()
-    assert float(value) == 0 and float(prediction.grad.abs().max()) == 0
+    assert value.item() == 0 and float(prediction.grad.abs().max()) == 0
 
 
 def test_with_all_targets_it_is_the_mean_squared_error():
