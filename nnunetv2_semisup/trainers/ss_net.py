@@ -91,7 +91,7 @@ class SSNet(SemiSupMethod):
     - The clean target is the prediction of the pass that trains (the code makes another pass): the same for networks
       without dropout and batch norm, nnU-Net's default. Batch norm's running statistics ignore the noisy passes.
     - The two streams are separate passes, so ``per_class_squared`` sums over one of them, not over both; its two terms
-      are averaged. ``joint_linear`` is additive over voxels, hence exactly the published one.
+      are averaged. ``joint_linear`` of softmax is additive over voxels, hence exactly the published one.
     - Only rows that can contribute enter the heads (classes with two prototypes and two voxels at least; in the code
       all voxels do, background included, and shape the batch statistics), and at most ``cs_max_rows`` of them, drawn
       evenly, also as candidates for prototypes.
