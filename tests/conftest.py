@@ -246,10 +246,11 @@ def make_batch(trainer, seed: int = 0) -> dict:
             targets.append(torch.randint(0, values, shape, generator=generator).to(torch.int16))
     keys = [f"case{i}" for i in range(size[0])]
     drawn = (trainer._unlabeled_batch_size(), *size[1:])
+    labelled = {"data": torch.randn(size, generator=generator), "target": targets, "keys": keys}
+    transform = trainer.method.labelled_transform()
     return {
-        "data": torch.randn(size, generator=generator),
-        "target": targets,
-        "keys": keys,
+        **labelled,
+        **({} if transform is None else transform(labelled)),
         "unlabelled": {"data": torch.randn(drawn, generator=generator), "keys": [f"ucase{i}" for i in range(drawn[0])]},
     }
 

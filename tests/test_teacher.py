@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2_semisup.teacher import Teacher
+from nnunetv2_semisup.teacher import MovingAverage, Teacher
 
 
 class Network(nn.Module):
@@ -63,3 +63,14 @@ def test_reset_forgets_updates():
 def test_counter_stays_on_the_cpu():
     teacher = Teacher(Network(), 0.99).to(torch.device("meta"))
     assert teacher.n_averaged.device.type == "cpu"
+
+
+def test_moving_average_of_heads_reaches_its_decay():
+    student = nn.Linear(3, 2)
+    average = MovingAverage(student, 0.999)
+    average.n_averaged.fill_(10**6)
+    before = average.module.weight.clone()
+    with torch.no_grad():
+        student.weight.add_(1)
+    average.update_parameters(student)
+    torch.testing.assert_close(average.module.weight, 0.999 * before + 0.001 * student.weight.detach())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from torch import Tensor
 
 GEOMETRIC = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform, MaskImageTransform)
 
@@ -77,11 +78,23 @@ def geometric_part(transforms: ComposeTransforms) -> ComposeTransforms:
 
 
 class TwoStreamLoader:
-    """A labelled and an unlabelled batch at a time, so that both share the workers of one augmenter."""
+    """A labelled and an unlabelled batch at a time, so that both share the workers of one augmenter.
 
-    def __init__(self, labelled: DataLoader, unlabelled: UnlabeledDataLoader):
+    Args:
+        labelled: nnU-Net's own loader.
+        unlabelled: ours.
+        labelled_transform: further tensors from an augmented labelled batch, or None; see ``SemiSupMethod``.
+    """
+
+    def __init__(
+        self,
+        labelled: DataLoader,
+        unlabelled: UnlabeledDataLoader,
+        labelled_transform: Callable[[dict], dict[str, Tensor]] | None = None,
+    ):
         self.labelled = labelled
         self.unlabelled = unlabelled
+        self.labelled_transform = labelled_transform
 
     def set_thread_id(self, thread_id: int) -> None:
         """Called by the augmenter in each worker."""
@@ -92,5 +105,7 @@ class TwoStreamLoader:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        """Returns: the labelled batch, and under "unlabelled" the other."""
-        return {**next(self.labelled), "unlabelled": next(self.unlabelled)}
+        """Returns: the labelled batch with what the transform adds, and under "unlabelled" the other."""
+        labelled = next(self.labelled)
+        added = {} if self.labelled_transform is None else self.labelled_transform(labelled)
+        return {**labelled, **added, "unlabelled": next(self.unlabelled)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,3 +52,52 @@ class MLPHead(nn.Module):
     def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
         """(N, in) float32 to (N, out); ``valid`` as in :class:`MaskedBatchNorm1d`: None uses running statistics."""
         return self.last(F.leaky_relu(self.norm(self.first(rows), valid), self.negative_slope))
+
+
+class SignedDistanceHead(nn.Module):
+    """1x1x1 convolution with bias, then tanh.
+
+    Args:
+        in_features: channels of the decoder's last features.
+        classes: maps to predict, one per foreground class or region.
+        dimensions: 2 or 3.
+
+    Reference: the regression branch of SASSNet (Li et al., MICCAI 2020) and DTC (Luo et al., AAAI 2021).
+    """
+
+    def __init__(self, in_features: int, classes: int, dimensions: int):
+        super().__init__()
+        self.convolution = (nn.Conv3d if dimensions == 3 else nn.Conv2d)(in_features, classes, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, in_features, X, Y, Z) to (B, classes, X, Y, Z) float32 in [-1, 1]."""
+        return torch.tanh(self.convolution(features).float())
+
+
+class SliceProjection(nn.Module):
+    """One vector per 2D slice: AlphaDropout, adaptive average pooling, then linear layers with ReLU between them.
+
+    The dropout is the augmentation, so it is drawn anew at every call, in evaluation mode as well.
+
+    Args:
+        dropout: probability of a voxel to be set to SELU's lower limit, in [0, 1); mean and variance are kept.
+        pool_size: voxels per axis of the pooled slice; smaller slices are enlarged.
+        hidden: widths of the hidden layers.
+        out_features: length of the vector.
+
+    Reference: SimCVD (You et al., IEEE TMI 2022), figure 1, sections III-D and IV-B.
+    """
+
+    def __init__(self, dropout: float, pool_size: int, hidden: tuple[int, ...], out_features: int):
+        super().__init__()
+        self.dropout = dropout
+        self.pool_size = pool_size
+        widths = [pool_size**2, *hidden]
+        layers = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], out_features))
+
+    def forward(self, slices: Tensor) -> Tensor:
+        """(..., H, W) float32 to (..., out_features)."""
+        dropped = F.alpha_dropout(slices, self.dropout, training=True)
+        pooled = F.adaptive_avg_pool2d(dropped.flatten(0, -3), self.pool_size)
+        return self.layers(pooled.flatten(1)).unflatten(0, slices.shape[:-2])

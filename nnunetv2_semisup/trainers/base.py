@@ -193,8 +193,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             transforms=loader.geometric_part(train.transforms),
         )
         workers = get_allowed_n_proc_DA()
+        streams = loader.TwoStreamLoader(train, unlabeled, self.method.labelled_transform())
         return (
-            self._augmenter(loader.TwoStreamLoader(train, unlabeled), workers, max(6, workers // 2)),
+            self._augmenter(streams, workers, max(6, workers // 2)),
             self._augmenter(val, max(1, workers // 2) if workers else 0, max(3, workers // 4)),
         )
 
@@ -278,7 +279,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict:
         network = self.bare_network
         unlabelled = self._on_device(batch["unlabelled"])
-        labelled = self._on_device({key: batch[key] for key in ("data", "target", "keys")})
+        labelled = self._on_device({key: value for key, value in batch.items() if key != "unlabelled"})
         self.optimizer.zero_grad(set_to_none=True)
 
         weights, values = {}, {}

@@ -62,11 +62,20 @@ class SemiSupMethod(nn.Module):
 
         Args:
             network: the planned network, in training mode.
-            labelled: ``data`` (B, C, X, Y, Z) float32; ``target`` as the supervised loss takes it; ``keys``: ids.
+            labelled: ``data`` (B, C, X, Y, Z) float32; ``target`` as the supervised loss takes it; ``keys``: ids; and
+                what :meth:`labelled_transform` adds.
             unlabelled: ``data`` (U, C, X, Y, Z) float32, spatially augmented only; ``keys``. There is no target.
             progress: share of optimiser steps done, in [0, 1).
         """
         raise NotImplementedError
+
+    def labelled_transform(self) -> Callable[[dict], dict[str, Tensor]] | None:
+        """A function that the loader's workers call with each augmented labelled batch, or None.
+
+        It returns further tensors for the batch, under keys of its own; they reach :meth:`losses` in ``labelled``. It
+        must be picklable, must not change the batch, and must draw no random numbers from the global generators.
+        """
+        return None
 
     def supervised(self, network: nn.Module, labelled: dict) -> Group:
         """The stock step's loss as a group of its own; most methods yield it last."""

@@ -1,0 +1,241 @@
+"""SimCVD: slices of image + signed distance map, under two dropout masks, recognise each other in student and teacher.
+
+Reference: You, Zhou, Zhao, Staib & Duncan, "SimCVD: Simple Contrastive Voxel-Wise Representation Distillation for
+Semi-Supervised Medical Image Segmentation", IEEE TMI 41(9), 2022, doi 10.1109/TMI.2022.3161829, arXiv 2108.06227.
+No code was published; docs/methods/simcvd.md lists what the paper leaves open, our reading and its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_semisup.data.sdm import SignedDistanceMaps
+from nnunetv2_semisup.losses.consistency import agreement, mean_squared_difference, probabilities
+from nnunetv2_semisup.losses.contrastive import share_matched, symmetric_info_nce
+from nnunetv2_semisup.losses.pair_distillation import pair_distillation, similarity_difference, voxel_vectors
+from nnunetv2_semisup.losses.signed_distance import mean_squared_error_where_known
+from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.network.heads import SignedDistanceHead, SliceProjection
+from nnunetv2_semisup.perturbations.feature import draw_channel_masks, drop_channels
+from nnunetv2_semisup.perturbations.noise import draw_clipped_noise
+from nnunetv2_semisup.schedules import sigmoid_ramp_up
+from nnunetv2_semisup.settings import SemiSupSettings, setting
+from nnunetv2_semisup.teacher import MovingAverage, Teacher
+from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
+from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
+
+RAMPED = ("contrast", "pd", "con")
+
+
+@dataclass(frozen=True)
+class SimCVDSettings(SemiSupSettings):
+    """Defaults are the paper's where it has one; the others with their reasons in docs/methods/simcvd.md."""
+
+    alpha: float = setting(0.1, "paper, eq. 1: weight of the SDM regression")
+    lam: float = setting(0.5, "paper, eq. 6: lambda, weight of the contrast")
+    beta: float = setting(0.1, "paper, eq. 6: weight of the pair distillation")
+    gamma: float = setting(0.1, "paper, eq. 6: weight of the consistency")
+    tau: float = setting(0.5, "paper: temperature of the contrast")
+    ramp_terms: tuple[str, ...] = setting(("con",), "open: the subscript says con; of contrast, pd, con")
+    ramp_length: float = setting(1.0, "paper: all of the training; 0 = no ramp", "share of training")
+    teacher_decay: float = setting(0.999, "paper", "per step")
+    noise_std: float = setting(0.1, "not given; UA-MT", "normalised intensity")
+    noise_clip: float = setting(0.2, "not given; UA-MT", "normalised intensity")
+    sdm_norm: Literal["patch_max", "truncated_mm"] = setting("patch_max", "SASSNet and DTC code")
+    sdm_truncation_mm: float = setting(20.0, "ours: about half an atrium; truncated_mm alone", "mm")
+    sdm_empty: Literal["one", "zero", "mask"] = setting("one", "ours; zero: SASSNet; mask: no target")
+    sdm_shared_conv: bool = setting(False, "DTC: own convolution; true: tanh of the negated logits, 'only tanh'")
+    sdm_fusion: Literal["per_class", "union"] = setting(
+        "per_class", "ours, paper is binary; union: minimum over classes"
+    )
+    max_classes: int = setting(4, "ours: contrasted in a step, drawn at random", "classes")
+    slice_axis: int = setting(0, "nnU-Net's axis of the largest spacing; 2d: the images are the slices", "axis")
+    num_slices: int | None = setting(None, "not given; null: all of the step", "slices")
+    proj_dropout: float = setting(0.1, "paper", "probability")
+    proj_pool: int = setting(128, "paper", "voxels per axis")
+    proj_hidden: tuple[int, ...] = setting((256, 256), "not given; the paper has three layers", "features")
+    proj_dim: int = setting(128, "not given", "features")
+    proj_norm: bool = setting(True, "ours: cosine; the paper prints a dot product")
+    teacher_head: Literal["ema", "shared"] = setting("ema", "not given; figure 1 has it in the teacher's colour")
+    pd_mode: Literal["pairs", "similarity_mse"] = setting("pairs", "paper, eq. 4; the other: Liu et al., CVPR 2019")
+    pd_reduction: Literal["mean", "sum"] = setting("mean", "ours: the printed sum would swamp the rest; pairs alone")
+    pd_max_tokens: int = setting(2048, "ours: bottleneck voxels, averaged down to at most this many", "voxels")
+    con_on_sdm: bool = setting(False, "open: figure 1 compares probabilities; true adds the SDMs")
+    backbone_dropout: float = setting(0.0, "not mentioned; UA-MT's V-Net has 0.5 at the bottleneck", "probability")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("alpha", "lam", "beta", "gamma", "noise_std", "noise_clip"):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+        for key in ("tau", "sdm_truncation_mm"):
+            self.require(getattr(self, key) > 0, key, "above 0")
+        for key in ("teacher_decay", "proj_dropout", "backbone_dropout"):
+            self.require(0 <= getattr(self, key) < 1, key, "in [0, 1)")
+        for key in ("max_classes", "proj_pool", "proj_dim", "pd_max_tokens"):
+            self.require(getattr(self, key) >= 1, key, "at least 1")
+        self.require(set(self.ramp_terms) <= set(RAMPED), "ramp_terms", f"some of {', '.join(RAMPED)}")
+        self.require(0 <= self.ramp_length <= 1, "ramp_length", "in [0, 1]")
+        self.require(0 <= self.slice_axis <= 2, "slice_axis", "0, 1 or 2")
+        self.require(self.num_slices is None or self.num_slices >= 2, "num_slices", "at least 2 or null")
+        self.require(all(width >= 1 for width in self.proj_hidden), "proj_hidden", "at least 1 each")
+
+
+class Prediction(NamedTuple):
+    """What one pass gives: logits (a list under deep supervision), last features, and bottleneck features."""
+
+    output: Tensor | list[Tensor]
+    features: Tensor
+    bottleneck: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, heads, X, Y, Z) at full resolution."""
+        return self.output[0] if isinstance(self.output, list) else self.output
+
+
+class SimCVD(SemiSupMethod):
+    """Two groups per step: all unsupervised terms from one noisy pass of student and teacher, then the labelled one.
+
+    Deviations: the student's labelled and unlabelled patches are two passes (see Mean Teacher); unlabelled patches get
+    nnU-Net's geometric augmentation and the noise, no other intensity augmentation, as in the paper.
+    """
+
+    settings_class = SimCVDSettings
+    unsupervised_weights = ("alpha", "lam", "beta", "gamma")
+
+    def __init__(self, network: nn.Module, task: TaskInfo, settings: SimCVDSettings):
+        super().__init__(network, task, settings)
+        s = settings
+        self.classes = task.num_heads if task.has_regions else task.num_heads - 1
+        self.teacher = Teacher(network, s.teacher_decay)
+        self.heads = nn.ModuleDict(
+            {"projection": SliceProjection(s.proj_dropout, s.proj_pool, s.proj_hidden, s.proj_dim)}
+        )
+        if not s.sdm_shared_conv:
+            dimensions = len(task.patch_size)
+            self.heads["sdm"] = SignedDistanceHead(taps.feature_channels(network), self.classes, dimensions)
+        self.teacher_heads = MovingAverage(self.heads, s.teacher_decay)
+        self._diagnostics: dict[str, Tensor] = {}
+
+    def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
+        s = self.settings
+        if not (s.alpha or s.lam or s.beta or s.gamma):
+            yield self.supervised(network, labelled)
+            return
+        ramp = sigmoid_ramp_up(progress, s.ramp_length)
+        weights = {"contrast": s.lam, "pd": s.beta, "con": s.gamma}
+        weights = {k: w * ramp if k in s.ramp_terms else w for k, w in weights.items() if w > 0}
+        if weights:
+            yield self._unlabelled_terms(network, unlabelled["data"], weights)
+        yield self._labelled_terms(network, labelled)
+
+    def labelled_transform(self) -> SignedDistanceMaps | None:
+        s, task = self.settings, self.task
+        if s.alpha == 0:
+            return None
+        spacing = task.spacing_mm[-len(task.patch_size) :]
+        return SignedDistanceMaps(
+            self.classes, task.has_regions, task.ignore_label, spacing, s.sdm_norm, s.sdm_empty, s.sdm_truncation_mm
+        )
+
+    def after_step(self, network: nn.Module) -> None:
+        self.teacher.update_parameters(network)
+        self.teacher_heads.update_parameters(self.heads)
+
+    def reset(self, network: nn.Module) -> None:
+        self.teacher.reset(network)
+        self.teacher_heads.reset(self.heads)
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        return self._diagnostics
+
+    def _labelled_terms(self, network: nn.Module, labelled: dict) -> Group:
+        """Equation 1."""
+        prediction = self._forward(network, labelled["data"])
+        terms = {"supervised": (1.0, self.task.supervised_loss(prediction.output, labelled["target"]))}
+        if self.settings.alpha > 0:
+            error = mean_squared_error_where_known(self._sdm(self.heads, prediction), labelled["sdm"])
+            terms["sdm"] = (self.settings.alpha, error)
+        return terms
+
+    def _unlabelled_terms(self, network: nn.Module, images: Tensor, weights: dict[str, float]) -> Group:
+        """Those of equations 3 to 5 that ``weights`` names."""
+        s, regions = self.settings, self.task.has_regions
+        with torch.no_grad():
+            teacher = self._forward(self.teacher.module, images + self._noise(images))
+            teacher_sdm = self._sdm(self.teacher_heads.module, teacher)
+            teacher_probabilities = probabilities(teacher.logits, regions)
+        student = self._forward(network, images + self._noise(images))
+        student_sdm = self._sdm(self.heads, student)
+        student_probabilities = probabilities(student.logits, regions)
+        self._diagnostics = {
+            "share_teacher_student_agreement": agreement(student_probabilities, teacher_probabilities, regions)
+        }
+        terms = {}
+        if "contrast" in weights:
+            terms["contrast"] = self._contrast(images, student_sdm, teacher_sdm)
+        if "pd" in weights:
+            terms["pd"] = self._pair_distillation(student.bottleneck, teacher.bottleneck)
+        if "con" in weights:
+            terms["con"] = mean_squared_difference(student_probabilities, teacher_probabilities)
+            if s.con_on_sdm:
+                terms["con"] = terms["con"] + mean_squared_difference(student_sdm, teacher_sdm)
+        return {name: (weights[name], value) for name, value in terms.items()}
+
+    def _forward(self, network: nn.Module, images: Tensor) -> Prediction:
+        skips = taps.encode(network, images)
+        if self.settings.backbone_dropout > 0:
+            last = skips[-1:]
+            skips = [*skips[:-1], *drop_channels(last, draw_channel_masks(last, self.settings.backbone_dropout))]
+        return Prediction(*taps.decode(network, skips), skips[-1])
+
+    def _sdm(self, heads: nn.ModuleDict, prediction: Prediction) -> Tensor:
+        """(B, classes, X, Y, Z) float32 in [-1, 1], negative inside."""
+        if self.settings.sdm_shared_conv:
+            return torch.tanh(-prediction.logits[:, -self.classes :].float())
+        return heads["sdm"](prediction.features)
+
+    def _noise(self, images: Tensor) -> Tensor:
+        return draw_clipped_noise(images, self.settings.noise_std, self.settings.noise_clip)
+
+    def _contrast(self, images: Tensor, student_sdm: Tensor, teacher_sdm: Tensor) -> Tensor:
+        """Equations 2 and 3, the mean over classes; the image under both maps is the clean one."""
+        s = self.settings
+        if s.sdm_fusion == "union":
+            student_sdm, teacher_sdm = student_sdm.amin(1, keepdim=True), teacher_sdm.amin(1, keepdim=True)
+        elif self.classes > s.max_classes:
+            drawn = torch.randperm(self.classes)[: s.max_classes].to(images.device)
+            student_sdm, teacher_sdm = student_sdm[:, drawn], teacher_sdm[:, drawn]
+        image = images.mean(1, keepdim=True)
+        student, teacher = self._slices(image + student_sdm), self._slices(image + teacher_sdm)
+        if s.num_slices is not None and s.num_slices < student.shape[1]:
+            drawn = torch.randperm(student.shape[1])[: s.num_slices].to(images.device)
+            student, teacher = student[:, drawn], teacher[:, drawn]
+        student = self.heads["projection"](student)
+        with torch.no_grad():
+            heads = self.heads if s.teacher_head == "shared" else self.teacher_heads.module
+            teacher = heads["projection"](teacher)
+        self._diagnostics["share_slices_matched"] = share_matched(student, teacher)
+        return symmetric_info_nce(student, teacher, s.tau, s.proj_norm)
+
+    def _slices(self, volumes: Tensor) -> Tensor:
+        """(B, K, X, Y, Z) -> (K, B * X, Y, Z) for slice_axis 0; (B, K, X, Y) -> (K, B, X, Y)."""
+        volumes = volumes.transpose(0, 1)
+        return volumes if volumes.ndim == 4 else volumes.movedim(2 + self.settings.slice_axis, 2).flatten(1, 2)
+
+    def _pair_distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Equation 4."""
+        s = self.settings
+        student, teacher = (voxel_vectors(features, s.pd_max_tokens) for features in (student, teacher))
+        if s.pd_mode == "similarity_mse":
+            return similarity_difference(student, teacher)
+        return pair_distillation(student, teacher, s.pd_reduction)
+
+
+class nnUNetTrainerSimCVD(nnUNetTrainerSemiSup):
+    method_class = SimCVD
