@@ -34,7 +34,7 @@ class CrossMatchSettings(SemiSupSettings):
     """Published versions, converted to nnU-Net's CE + Dice, which is twice the published supervised loss.
 
     Released code for ACDC: w_s1, w_s2, w_kd = 0.5, 0.5, 1 (default). For LA: 0.5, 0.5, 2, conf_mode ramp_ln2,
-    conf_tau 0.75, dice_include_background false. First release (2024) and paper: 1, 1, 2.
+    conf_tau 0.75, dice_include_background false. First release (2024) and paper: 1, 1, 2. All without warm-up.
     """
 
     w_s1: float = setting(0.5, "released ACDC code: 0.25, doubled")
@@ -44,7 +44,9 @@ class CrossMatchSettings(SemiSupSettings):
     conf_mode: Literal["fixed", "ramp_ln2"] = setting("fixed", "ACDC code; ramp_ln2: LA code, an entropy's threshold")
     conf_tau: float = setting(0.85, "paper's ablation; meaningful for any number of classes", "probability")
     conf_ramp_fraction: float = setting(17 / 14, "LA code: 17,000 of 14,000 iterations; ramp_ln2", "share of training")
-    warm_up_fraction: float = setting(0.0, "ours: ramp of the three weights; 0 = none", "share of training")
+    warm_up_fraction: float = setting(
+        0.4, "ours: ramp of the three weights, see docs/methods/crossmatch.md; paper and code: 0", "share of training"
+    )
     p_weak: float = setting(0.25, "code: channel dropout of the weak feature view", "probability")
     p_strong: float = setting(0.75, "code: channel dropout of the strong feature view", "probability")
     strong_intensity_probability: float = setting(0.8, "LA code: bias field and gamma", "probability")

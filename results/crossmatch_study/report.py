@@ -20,15 +20,15 @@ stock nnU-Net it is its prediction. Gradient parts: norms, mean over the second 
 
 
 def load() -> dict[str, tuple[dict, pd.DataFrame]]:
-    """name -> (record, curve), stock first, then the default."""
-    order = {"stock": 0, "default": 1}
+    """name -> (record, curve), stock first."""
+    order = {"stock": 0, "no_warm_up": 1}
     files = sorted(HERE.glob("*.json"), key=lambda f: (order.get(f.stem, 2), f.stem))
     return {f.stem: (json.loads(f.read_text()), pd.read_csv(f.with_suffix(".csv"))) for f in files}
 
 
 def table(runs: dict) -> str:
     header = (
-        *("run", "changed from the default", "steps", "validation Dice (each case)"),
+        *("run", "settings changed", "steps", "validation Dice (each case)"),
         *("pseudo-label Dice at 250", "at the end", "confident at the end (of these wrong)"),
         *("gradient: supervised", "image", "teacher", "decoder", "cosine of all unsupervised with supervised"),
     )
