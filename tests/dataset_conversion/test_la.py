@@ -503,7 +503,7 @@ def test_unfinished_folder_is_invisible_to_nnunet(raw):
 
 def test_target_that_appears_meanwhile_is_left_alone(raw, source, monkeypatch):
     write = common.write_splits
-    monkeypatch.setattr(la, "write_splits", lambda *a: ((raw / "Dataset508_LA").mkdir(), write(*a)))
+    monkeypatch.setattr(common, "write_splits", lambda *a: ((raw / "Dataset508_LA").mkdir(), write(*a)))
     with pytest.raises(InputError, match="has appeared"):
         la.convert(source, 508, "2")
     assert [path.name for path in raw.iterdir()] == ["Dataset508_LA"]
@@ -533,14 +533,14 @@ def test_main_reports_wrong_input_in_one_line(raw, source, capsys):
 
 
 def test_interruption_leaves_nothing(raw, source, capsys, monkeypatch):
-    convert = la.convert_case
+    read = la.read_h5_case
 
-    def interrupted(job):
-        if job.folder.name == "C3":
+    def interrupted(folder, *arguments):
+        if folder.name == "C3":
             raise KeyboardInterrupt
-        return convert(job)
+        return read(folder, *arguments)
 
-    monkeypatch.setattr(la, "convert_case", interrupted)
+    monkeypatch.setattr(la, "read_h5_case", interrupted)
     assert la.main(["--source", str(source), "-d", "508", "--labeled", "2", "-np", "1"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(raw.iterdir()) == []
