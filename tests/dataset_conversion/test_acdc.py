@@ -11,11 +11,11 @@ import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from helpers import REAL_DATA, names, read, refuse, verify, write_list
 
 from dataset_conversion import acdc, common
 from dataset_conversion.common import Options
 from nnunetv2_semisup.data.images import same_geometry
-from tests.dataset_conversion.conftest import REAL_DATA, names, read, refuse, verify, write_list
 
 TRAIN = ["patient099", "patient074", "patient050", "patient076", "patient021"]
 VAL, TEST = ["patient028"], ["patient011", "patient013"]

@@ -1,26 +1,20 @@
-"""nnU-Net's folders, empty, and the checks that every converter's tests need."""
+"""What the tests of all converters need."""
 
 from __future__ import annotations
 
 import json
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.experiment_planning import verify_dataset_integrity
 
 from nnunetv2_semisup.errors import InputError
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-
-
-@pytest.fixture
-def nnunet_raw(tmp_path, monkeypatch) -> Path:
-    for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / key).mkdir(exist_ok=True)
-        monkeypatch.setenv(key, str(tmp_path / key))
-    return tmp_path / "nnUNet_raw"
 
 
 def write_list(file: Path, names) -> Path:
@@ -50,13 +44,8 @@ def refuse(raw: Path, match: str, function, *arguments, **options) -> None:
 
 def verify(dataset: Path) -> dict:
     """nnU-Net's own integrity check, in this process; returns dataset.json."""
+    context = SimpleNamespace(Pool=ThreadPool)
     with pytest.MonkeyPatch.context() as patch:
-        from multiprocessing.pool import ThreadPool
-        from types import SimpleNamespace
-
-        from nnunetv2.experiment_planning import verify_dataset_integrity as module
-
-        context = SimpleNamespace(Pool=ThreadPool)
-        patch.setattr(module, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
-        verify_dataset_integrity(str(dataset), 1)
+        patch.setattr(verify_dataset_integrity, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
+        verify_dataset_integrity.verify_dataset_integrity(str(dataset), 1)
     return json.loads((dataset / "dataset.json").read_text())
