@@ -21,6 +21,7 @@ TRAIN = ["patient099", "patient074", "patient050", "patient076", "patient021"]
 VAL, TEST = ["patient028"], ["patient011", "patient013"]
 SPACING, ORIGIN = (1.25, 1.5, 8.0), (-30.0, 12.0, 5.0)  # mm
 DIRECTION = np.array([[0.8, 0.6, 0], [-0.6, 0.8, 0], [0, 0, 1.0]])
+pytestmark = pytest.mark.filterwarnings("ignore:One patient only")
 needs_real_data = pytest.mark.skipif(
     not (REAL_DATA / "acdc").is_dir(), reason="the packages are not beside the checkout"
 )
