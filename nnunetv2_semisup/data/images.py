@@ -158,9 +158,13 @@ def check_inside(files: Sequence[Path], source: Path) -> None:
 
 
 def walk(folder: Path) -> list[Path]:
-    """All files below ``folder``, sorted, hidden ones left out; linked folders are not entered."""
+    """All files below ``folder``, sorted, hidden ones left out.
+
+    A linked folder is not entered: it leads to files that are found anyway, or out of ``folder``, which is refused.
+    """
     found = []
     for root, folders, files in os.walk(folder):
+        check_inside([Path(root, name) for name in folders if Path(root, name).is_symlink()], folder.resolve())
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root, name) for name in sorted(files) if not name.startswith(".")]
     return found
