@@ -231,7 +231,9 @@ def convert(recipe: Recipe, source: Path, dataset_id: int, name: str, options: O
     if options.dry_run:
         facts = run_jobs(convert_case, _jobs(recipe, None, 0), options.processes)
         return f"{target}: dry run, nothing was written\n{_report(recipe, source, facts, dataset_id)}"
-    unfinished = _kept_folder(target, _fingerprint(recipe, source)) if options.resumable else whole_folder(target)
+    unfinished = (
+        _kept_folder(target, _fingerprint(recipe, source, options)) if options.resumable else whole_folder(target)
+    )
     with unfinished as folder:
         facts = run_jobs(convert_case, _jobs(recipe, folder, options.previews), options.processes)
         write_dataset_json(
@@ -329,10 +331,10 @@ def _kept_folder(target: Path, fingerprint: str) -> Iterator[Path]:
             yield folder
         except (InputError, OSError, KeyboardInterrupt) as error:
             done = sum(1 for _ in (folder / RECORDS).glob("*.json"))
-            if done and not isinstance(error, KeyboardInterrupt):
-                kept = f"{done} cases are finished and kept: then run the same command again"
-                raise InputError(f"{error} ({kept})") from error
-            raise
+            kept = f"{done} cases are finished and kept in {folder}, the same command goes on from there"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from error
+            raise (InputError(f"{error} ({kept})") if done else error) from error
         shutil.rmtree(folder / RECORDS)
         made_by.unlink()
         lock.release()
@@ -344,11 +346,11 @@ def _kept_folder(target: Path, fingerprint: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fingerprint(recipe: Recipe, source: Path) -> str:
+def _fingerprint(recipe: Recipe, source: Path, options: Options) -> str:
     """Hash of what decides the result, except for the content of the files."""
     cases = [(case.name, case.role, *map(str, _files(case))) for case in recipe.cases]
     reading = sorted(getattr(recipe.read, "keywords", {}).items())
-    content = [str(source), cases, reading, dict(recipe.labels), dict(recipe.conversion)]
+    content = [str(source), cases, reading, dict(recipe.labels), dict(recipe.conversion), options.previews]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -423,7 +425,7 @@ def run_command(function: Callable[[], str]) -> int:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted, no dataset was written", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(f"error: interrupted, no dataset was written. {interruption}".rstrip(), file=sys.stderr)
         return 130
     return 0

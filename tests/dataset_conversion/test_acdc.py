@@ -202,7 +202,8 @@ def test_an_interrupted_run_goes_on(raw, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(acdc, "read_h5_arrays", counted)
     arguments = ["--source", str(source), "-d", "27", "--labeled", "1", "-np", "1", "--previews", "1"]
     assert acdc.main(arguments) == 130
-    assert not list(raw.glob("Dataset*")) and [p.name for p in raw.iterdir()] == [".unfinished_Dataset027_ACDC"]
+    assert [p.name for p in raw.iterdir()] == [".unfinished_Dataset027_ACDC"]
+    assert "3 cases are finished and kept" in capsys.readouterr().err
     assert acdc.main(arguments) == 0
     assert len(calls) == 4 + 13 and len(set(calls)) == 16  # three cases were not read again
     assert [p.name for p in raw.iterdir()] == ["Dataset027_ACDC"]

@@ -667,6 +667,25 @@ def test_real_packages(raw, tmp_path, monkeypatch, unpack):
             np.testing.assert_array_equal(label, content[case][1])
 
 
+@pytest.mark.slow
+@needs_real_data
+def test_all_real_packages(raw, tmp_path, monkeypatch, unpack):
+    splits = ROOT / "dataset_conversion" / "splits"
+    monkeypatch.setattr(la, "LISTS", splits)
+    for package in (REAL_DATA / "la").glob("*.npz"):
+        image, label = unpack.load_case(package)
+        write_h5(tmp_path / "source" / package.stem / "mri_norm2.h5", image=image, label=label)
+    la.convert(tmp_path / "source", 508, "80", allow_missing_test=True)
+    files = list((raw / "Dataset508_LA").glob("images*/*"))
+    assert len(files) == 90
+    for file in files:
+        case = file.name.removesuffix("_0000.nii.gz")
+        image, label = unpack.load_case(REAL_DATA / "la" / f"{case}.npz")
+        np.testing.assert_array_equal(read_nifti(file)[0], image)
+        label_file = file.parents[1] / file.parent.name.replace("images", "labels") / f"{case}.nii.gz"
+        np.testing.assert_array_equal(read_nifti(label_file)[0], label)
+
+
 @needs_real_data
 def test_files_as_published(raw, tmp_path, monkeypatch):
     source = REAL_DATA / "original_samples" / "la" / "data" / "2018LA_Seg_Training Set"
