@@ -283,8 +283,7 @@ def _check(case: Case, image: sitk.Image, label: sitk.Image | None, values: Sequ
     array = sitk.GetArrayViewFromImage(label)
     check_label(array, image.GetSize()[::-1], values, case.label_file)
     check_not_empty(array, case.label_file)
-    found, numbers = np.unique(array, return_counts=True)
-    return {int(value): int(number) for value, number in zip(found, numbers, strict=True)}
+    return {value: int(np.count_nonzero(array == value)) for value in values}
 
 
 def _files(case: Case) -> tuple[Path, ...]:

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from helpers import REAL_DATA, names, read, refuse, verify, write_list
+from conversion_helpers import REAL_DATA, names, read, refuse, verify, write_list
 
 from dataset_conversion import acdc, common
 from dataset_conversion.common import Options

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conversion_helpers import names, read, refuse
 from filelock import FileLock
-from helpers import names, read, refuse
 from hypothesis import given
 from hypothesis import strategies as st
 

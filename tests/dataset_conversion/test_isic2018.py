@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import make_configuration, make_plans
-from helpers import names, refuse, verify
+from conversion_helpers import names, refuse, verify
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from skimage import io

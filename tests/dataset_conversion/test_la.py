@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import h5py
@@ -22,6 +23,7 @@ from hypothesis.extra import numpy as hnp
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ZScoreNormalization
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+from nnunetv2.utilities import utils
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -183,7 +185,8 @@ def test_nrrd_with_another_orientation_keeps_its_world_coordinates(raw, tmp_path
     assert la.same_geometry(written, read_nifti(raw / "Dataset508_LA/labelsTr/C1.nii.gz")[1])
 
 
-def test_nnunet_understands_the_dataset(raw, source):
+def test_nnunet_understands_the_dataset(raw, source, monkeypatch):
+    monkeypatch.setattr(utils, "Pool", ThreadPool)  # processes forked beside threads may hang
     la.convert(source, 508, "5")
     target = raw / "Dataset508_LA"
     content = json.loads((target / "dataset.json").read_text())

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conversion_helpers import names, read, refuse, verify
 from dicom_series import make_ct
-from helpers import names, read, refuse, verify
 
 from dataset_conversion import lits
 

@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conversion_helpers import names, read, refuse, verify, write_list
 from dicom_series import make_ct, write_series
-from helpers import names, read, refuse, verify, write_list
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization, ZScoreNormalization
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 

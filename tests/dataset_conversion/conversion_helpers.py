@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.experiment_planning import verify_dataset_integrity
+from nnunetv2.utilities import utils
 
 from nnunetv2_semisup.errors import InputError
 
@@ -46,6 +47,7 @@ def verify(dataset: Path) -> dict:
     """nnU-Net's own integrity check, in this process; returns dataset.json."""
     context = SimpleNamespace(Pool=ThreadPool)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "Pool", ThreadPool)  # processes forked beside threads may hang
         patch.setattr(verify_dataset_integrity, "multiprocessing", SimpleNamespace(get_context=lambda method: context))
         verify_dataset_integrity.verify_dataset_integrity(str(dataset), 1)
     return json.loads((dataset / "dataset.json").read_text())
