@@ -1,29 +1,48 @@
-"""What the converters share: case lists, checks before writing, one dataset folder that appears whole or not at all."""
+"""What the converters share: case lists, and one engine that reads, checks, writes and reports.
+
+A converter says which cases there are and how one is read (a ``Recipe``); ``convert`` does the rest: several processes,
+nothing half-written, going on after an interruption, dry run, previews, report.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import hashlib
 import json
-import multiprocessing
 import os
+import random
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
-from nnunetv2_semisup.data.splits import make_splits
+from nnunetv2_semisup.data.checks import (
+    IMAGES_OF,
+    LABELLED,
+    LABELS_OF,
+    Facts,
+    check_image,
+    check_label,
+    check_not_empty,
+    facts_rows,
+    table_text,
+)
+from nnunetv2_semisup.data.folders import write_json
+from nnunetv2_semisup.data.images import check_inside, write_image
+from nnunetv2_semisup.data.jobs import run_jobs
+from nnunetv2_semisup.data.raw import SUBFOLDERS, new_dataset_path, publish, whole_folder, write_splits
 from nnunetv2_semisup.errors import InputError
 
-SUBFOLDERS = ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs")
 FILE_ENDING = ".nii.gz"
-RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"  # environment variables
+LISTS = Path(__file__).resolve().parent / "splits"
+RECORDS = ".finished"  # in an unfinished folder: what is known of each case that is done
 
 
 # --- case lists ---------------------------------------------------------------------------------------------------
@@ -47,15 +66,17 @@ def read_list(path: Path) -> list[str]:
 
 
 def choose_labelled(choice: str, train: Sequence[str]) -> list[str]:
-    """The labelled cases.
+    """The labelled cases, or patients.
 
     Args:
-        choice: a number N (the first N of ``train``, as in the literature), or a file naming cases of ``train``.
+        choice: a number N (the first N of ``train``, as in the literature), "all", or a file naming cases of ``train``.
         train: IDs of all training cases, in published order.
 
     Returns:
         at least one ID; the rest of ``train`` is unlabelled.
     """
+    if choice == "all":
+        return list(train)
     if re.fullmatch(r"[+-]?\d+", choice):
         number = int(choice)
         if not 1 <= number <= len(train):
@@ -70,89 +91,286 @@ def choose_labelled(choice: str, train: Sequence[str]) -> list[str]:
     return labelled
 
 
-# --- checks before anything is written ------------------------------------------------------------------------------
+def choose_test(choice: str, cases: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Divide the cases of a data set without published split.
 
+    Args:
+        choice: number of test cases, or a file naming them.
+        cases: IDs of all cases with a label.
+        seed: of the random order.
 
-def new_dataset_path(dataset_id: int, name: str) -> Path:
-    """The folder ``$nnUNet_raw/DatasetXXX_name``, checked: it can be made and nothing else has this ID.
-
-    nnU-Net looks datasets up by ID in all three of its folders, so a leftover of another dataset with the same ID
-    would be taken for this one.
+    Returns:
+        training cases in random order, so that the first N of them are a random choice and larger N contain smaller
+        ones; test cases. Both depend on ``choice``, ``cases`` and ``seed`` only.
     """
-    if not 1 <= dataset_id <= 999:
-        raise InputError(f"-d {dataset_id}: a dataset ID must be 1 to 999")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise InputError(f"--name {name!r}: only letters, digits, '_' and '-' can be used")
-    if not os.environ.get(RAW):
-        raise InputError(f"{RAW} is not set; run: export {RAW}=FOLDER")
-    raw = Path(os.environ[RAW]).absolute()
-    if not raw.is_dir():
-        raise InputError(f"{RAW} is {raw}, which is no folder; create it or correct the variable")
-    places = [Path(os.environ[key]) for key in (RAW, PREPROCESSED, RESULTS) if os.environ.get(key)]
-    taken = [str(path) for place in places for path in sorted(place.glob(f"Dataset{dataset_id:03d}*"))]
-    if taken:
-        raise InputError(f"ID {dataset_id} is taken: {', '.join(taken)}; choose another with -d, or remove it first")
-    return raw / f"Dataset{dataset_id:03d}_{name}"
+    shuffled = sorted(cases)
+    random.Random(seed).shuffle(shuffled)
+    if re.fullmatch(r"[+-]?\d+", choice):
+        if not 0 <= int(choice) < len(cases):
+            raise InputError(f"--test {choice}: the number of test cases must be 0 to {len(cases) - 1}")
+        test = shuffled[: int(choice)]
+    else:
+        test = read_list(Path(choice))
+        unknown = sorted(set(test) - set(cases))
+        if unknown:
+            raise InputError(f"--test {choice}: no such cases: {', '.join(unknown)}")
+    return [case for case in shuffled if case not in set(test)], sorted(test)
 
 
-def check_image(array: np.ndarray, path: Path) -> None:
-    """Raise an InputError unless ``array`` is a real-valued, finite, non-empty volume of three axes."""
-    if array.ndim != 3 or array.size == 0:
-        raise InputError(f"{path}: the image has shape {array.shape}, expected a volume of three axes")
-    if array.dtype.kind not in "uif":
-        raise InputError(f"{path}: the image has type {array.dtype}, expected numbers")
-    if not np.isfinite(array).all():
-        raise InputError(f"{path}: the image has values that are not finite (NaN or infinity); copy the file again")
+def require_present(source: Path, missing: Sequence[str], total: int, what: str, remedy: str) -> None:
+    """Raise an InputError that names all missing cases, if any."""
+    if missing:
+        raise InputError(f"--source {source}: {len(missing)} of {total} {what}: {', '.join(missing)}; {remedy}")
 
 
-def check_label(array: np.ndarray, shape: tuple[int, ...], allowed: Sequence[int], path: Path) -> None:
-    """Raise an InputError unless ``array`` has the image's ``shape`` and only ``allowed`` values."""
-    if array.shape != shape:
-        raise InputError(f"{path}: the label has shape {array.shape}, the image {shape}; both must be the same")
-    if array.dtype.kind not in "uif":
-        raise InputError(f"{path}: the label has type {array.dtype}, expected numbers")
-    unexpected = np.unique(array[~np.isin(array, allowed)])
-    if unexpected.size:
-        values = ", ".join(f"{value:g}" for value in unexpected[:5])
-        raise InputError(f"{path}: unexpected label value {values}; only {' and '.join(map(str, allowed))} may occur")
+# --- the engine -----------------------------------------------------------------------------------------------------
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """One case to convert.
+
+    Attributes:
+        name: ID, as its files will be named.
+        role: LABELLED, UNLABELLED, VALIDATION or TEST.
+        files: what is read for its image.
+        label_file: what is read for its label; None for unlabelled cases, whose labels are not touched.
+    """
+
+    name: str
+    role: str
+    files: tuple[Path, ...]
+    label_file: Path | None = None
+
+
+Read = Callable[[Case], tuple[sitk.Image, sitk.Image | None, str]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the engine has to know of a data set.
+
+    Attributes:
+        cases: all cases.
+        read: case -> image, label on the same grid (None if the case has no ``label_file``), remark for the report or
+            "". A module-level function, or a ``functools.partial`` of one.
+        channels: channel names in order; nnU-Net chooses the normalisation by them.
+        labels: class name -> value, background 0.
+        description: keys for ``dataset.json``, which nnU-Net ignores.
+        conversion: how it was made, for ``dataset.json``.
+        spacing_note: where the spacing comes from.
+        role_notes: role -> what to add to its row of the report.
+        rows: more rows of the report: what is special here.
+        groups: case -> patient, for the cross-validation folds.
+        file_ending: of the files to write.
+        extra_files: name -> text of files beside ``dataset.json``.
+    """
+
+    cases: Sequence[Case]
+    read: Read
+    channels: Sequence[str]
+    labels: Mapping[str, int]
+    description: Mapping
+    conversion: Mapping = field(default_factory=dict)
+    spacing_note: str = ""
+    role_notes: Mapping[str, str] = field(default_factory=dict)
+    rows: Sequence[tuple[str, str]] = ()
+    groups: Mapping[str, str] | None = None
+    file_ending: str = FILE_ENDING
+    extra_files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user decides for any data set.
+
+    Attributes:
+        processes: number of processes.
+        dry_run: read and check everything, write nothing.
+        previews: number of cases with a picture, evenly chosen among those with a label.
+        resumable: keep finished cases after an error or Ctrl-C, for the next call with the same arguments.
+    """
+
+    processes: int = 1
+    dry_run: bool = False
+    previews: int = 0
+    resumable: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case, and where it goes; without a folder it is only checked."""
+
+    case: Case
+    read: Read
+    values: tuple[int, ...]
+    folder: Path | None
+    file_ending: str
+    preview: bool
+
+
+def convert(recipe: Recipe, source: Path, dataset_id: int, name: str, options: Options) -> str:
+    """Convert a data set.
+
+    Args:
+        recipe: the data set.
+        source: folder below which all its files must lie, resolved.
+        dataset_id: 1 to 999.
+        name: the dataset is called ``DatasetXXX_name``.
+        options: see there.
+
+    Returns:
+        a report for people.
+
+    Raises:
+        InputError: something given is wrong. No dataset has appeared then.
+    """
+    target = new_dataset_path(dataset_id, name)
+    check_inside([file for case in recipe.cases for file in _files(case)], source)
+    labelled = [case.name for case in recipe.cases if case.role == LABELLED]
+    if options.dry_run:
+        facts = run_jobs(convert_case, _jobs(recipe, None, 0), options.processes)
+        return f"{target}: dry run, nothing was written\n{_report(recipe, source, facts, dataset_id)}"
+    unfinished = (
+        _kept_folder(target, _fingerprint(recipe, source, options)) if options.resumable else whole_folder(target)
+    )
+    with unfinished as folder:
+        facts = run_jobs(convert_case, _jobs(recipe, folder, options.previews), options.processes)
+        write_dataset_json(
+            folder, recipe.channels, recipe.labels, len(labelled), recipe.file_ending,
+            **recipe.description, conversion=_conversion(recipe, facts),
+        )  # fmt: skip
+        for file, text in recipe.extra_files.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        write_splits(folder, labelled, None if recipe.groups is None else dict(recipe.groups))
+    return f"{target}\n{_report(recipe, source, facts, dataset_id)}"
+
+
+def convert_case(job: Job) -> Facts:
+    """Read, check and write one case, unless an earlier call has done it."""
+    case, record = job.case, None
+    state = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in _files(case)]
+    if job.folder:
+        record = job.folder / RECORDS / f"{case.name}.json"
+        if record.is_file():
+            done = json.loads(record.read_text(encoding="utf-8"))
+            if done["state"] == state:
+                done["facts"]["voxels"] = {int(value): number for value, number in done["facts"]["voxels"].items()}
+                return Facts(**done["facts"])
+    image, label, remark = job.read(case)
+    voxels = _check(case, image, label, job.values)
+    facts = Facts(case.name, case.role, image.GetSize(), image.GetSpacing(), voxels, remark)
+    if job.folder:
+        images = job.folder / IMAGES_OF[case.role]
+        write_image(image, images / f"{case.name}_0000{job.file_ending}")
+        if label is not None:
+            write_image(label, job.folder / LABELS_OF[case.role] / f"{case.name}{job.file_ending}")
+        if job.preview:
+            from nnunetv2_semisup.data.preview import save_preview
+
+            save_preview(image, label, job.folder / "previews" / f"{case.name}.png", f"{case.name} ({case.role})")
+        if record.parent.is_dir():
+            write_json(record, {"state": state, "facts": asdict(facts)})
+    return facts
+
+
+def _check(case: Case, image: sitk.Image, label: sitk.Image | None, values: Sequence[int]) -> dict[int, int]:
+    """Check a case; returns class value -> number of voxels."""
+    array = sitk.GetArrayViewFromImage(image)
+    check_image(array, case.files[0])
+    if label is None:
+        return {}
+    array = sitk.GetArrayViewFromImage(label)
+    check_label(array, image.GetSize()[::-1], values, case.label_file)
+    check_not_empty(array, case.label_file)
+    return {value: int(np.count_nonzero(array == value)) for value in values}
+
+
+def _files(case: Case) -> tuple[Path, ...]:
+    return (*case.files, case.label_file) if case.label_file else case.files
+
+
+def _jobs(recipe: Recipe, folder: Path | None, previews: int) -> list[Job]:
+    for role in {case.role for case in recipe.cases} if folder else ():
+        (folder / IMAGES_OF[role]).mkdir(exist_ok=True)
+        if role in LABELS_OF:
+            (folder / LABELS_OF[role]).mkdir(exist_ok=True)
+    shown = [case.name for case in recipe.cases if case.label_file]
+    if previews < len(shown):
+        shown = [shown[i] for i in np.linspace(0, len(shown) - 1, previews).astype(int)]
+    if folder and previews > 0:
+        (folder / "previews").mkdir(exist_ok=True)
+    values = tuple(recipe.labels.values())
+    return [
+        Job(case, recipe.read, values, folder, recipe.file_ending, folder is not None and case.name in shown)
+        for case in recipe.cases
+    ]
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``target`` with the dataset's subfolders; rename it to ``target`` at the end.
-
-    On any error, Ctrl-C included, the temporary folder is removed. Its name does not start with ``Dataset``, so
-    nnU-Net never sees it.
-    """
-    temporary = target.with_name(f".tmp_{target.name}_{os.getpid()}")
-    temporary.mkdir()
+def _kept_folder(target: Path, fingerprint: str) -> Iterator[Path]:
+    """Like ``whole_folder``, but what is finished stays for the next call with the same fingerprint."""
+    folder = target.with_name(f".unfinished_{target.name}")
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(str(folder / ".lock"))
     try:
-        for name in SUBFOLDERS:
-            (temporary / name).mkdir()
-        yield temporary
-        if target.exists():  # rename would replace an empty folder that appeared meanwhile
-            raise InputError(f"{target} has appeared during the conversion; remove it and start again")
-        temporary.rename(target)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another process is converting into {folder}; wait for it, or choose another -d") from None
+    try:
+        made_by = folder / ".made_by"
+        if not made_by.is_file() or made_by.read_text(encoding="utf-8") != fingerprint:
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+        made_by.write_text(fingerprint, encoding="utf-8")
+        for name in (*SUBFOLDERS, RECORDS):
+            (folder / name).mkdir(exist_ok=True)
+        try:
+            yield folder
+        except (InputError, OSError, KeyboardInterrupt) as error:
+            done = sum(1 for _ in (folder / RECORDS).glob("*.json"))
+            kept = f"{done} cases are finished and kept in {folder}, the same command goes on from there"
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from error
+            raise (InputError(f"{error} ({kept})") if done else error) from error
+        shutil.rmtree(folder / RECORDS)
+        made_by.unlink()
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+        publish(folder, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        lock.release()
+        if not any((folder / RECORDS).glob("*.json")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_image(image: sitk.Image, path: Path) -> None:
-    """Write a NIfTI file and read it back: on a full disk SimpleITK loses data without raising an error."""
-    try:
-        sitk.WriteImage(image, str(path), useCompression=True)
-        written = sitk.ReadImage(str(path))
-        same = np.array_equal(sitk.GetArrayViewFromImage(written), sitk.GetArrayViewFromImage(image))
-    except RuntimeError:
-        same = False
-    if not same:
-        raise InputError(f"{path} could not be written; is the disk full?")
+def _fingerprint(recipe: Recipe, source: Path, options: Options) -> str:
+    """Hash of what decides the result, except for the content of the files."""
+    cases = [(case.name, case.role, *map(str, _files(case))) for case in recipe.cases]
+    reading = sorted(getattr(recipe.read, "keywords", {}).items())
+    content = [str(source), cases, reading, dict(recipe.labels), dict(recipe.conversion), options.previews]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def write_dataset_json(folder: Path, channels: Sequence[str], labels: dict[str, int], labelled: int, **extra) -> None:
+def _conversion(recipe: Recipe, facts: Sequence[Facts]) -> dict:
+    numbers = {role: sum(fact.role == role for fact in facts) for role in IMAGES_OF}
+    return {**recipe.conversion, **numbers, "spacing": dict(_rows(recipe, facts))["spacing"]}
+
+
+def _rows(recipe: Recipe, facts: Sequence[Facts]) -> list[tuple[str, str]]:
+    return facts_rows(facts, dict(recipe.labels), recipe.spacing_note, dict(recipe.role_notes))
+
+
+def _report(recipe: Recipe, source: Path, facts: Sequence[Facts], dataset_id: int) -> str:
+    form = recipe.conversion.get("source_form")
+    rows = [("source", f"{source}{f' ({form} form)' if form else ''}"), *_rows(recipe, facts), *recipe.rows]
+    return table_text([*rows, ("next", f"nnUNetv2_plan_and_preprocess -d {dataset_id} --verify_dataset_integrity")])
+
+
+def write_dataset_json(
+    folder: Path, channels: Sequence[str], labels: Mapping[str, int], labelled: int, file_ending: str, **extra
+) -> None:
     """Write nnU-Net's ``dataset.json``.
 
     Args:
@@ -160,80 +378,53 @@ def write_dataset_json(folder: Path, channels: Sequence[str], labels: dict[str, 
         channels: channel names in order; nnU-Net chooses the normalisation by them.
         labels: class name to value, background 0.
         labelled: number of cases in ``imagesTr``.
+        file_ending: of images and labels.
         extra: descriptive keys, which nnU-Net ignores.
     """
     content = {
         "channel_names": {str(index): name for index, name in enumerate(channels)},
-        "labels": labels,
+        "labels": dict(labels),
         "numTraining": labelled,
-        "file_ending": FILE_ENDING,
+        "file_ending": file_ending,
         **extra,
     }
     (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
-def write_splits(folder: Path, labelled: Sequence[str], groups: dict[str, str] | None = None) -> None:
-    """Write ``splits_final.json`` for the labelled cases, which nnU-Net's planner copies.
-
-    Args:
-        folder: dataset folder.
-        labelled: case IDs.
-        groups: case to patient; cases of one patient stay on one side. Without it each case is its own patient.
-    """
-    splits = make_splits(sorted(labelled), groups)
-    (folder / "splits_final.json").write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
+# --- command line ---------------------------------------------------------------------------------------------------
 
 
-# --- running --------------------------------------------------------------------------------------------------------
-
-
-def run_jobs(function: Callable, jobs: Sequence, processes: int) -> list:
-    """Apply ``function`` to each job, with a progress bar; the first error stops everything.
-
-    Args:
-        function: module-level function of one argument, picklable.
-        jobs: its arguments, picklable.
-        processes: 1 runs in this process, more in freshly started ones.
-
-    Returns:
-        results in the order of ``jobs``.
-    """
-    if processes < 1:
-        raise InputError(f"-np {processes}: at least 1 process is needed")
-    with tqdm(total=len(jobs), unit="case", disable=None) as bar:
-        if processes == 1:
-            results = []
-            for job in jobs:
-                results.append(function(job))
-                bar.update()
-            return results
-        return _run_in_processes(function, jobs, min(processes, len(jobs)), bar)
-
-
-def _run_in_processes(function: Callable, jobs: Sequence, processes: int, bar: tqdm) -> list:
-    # Workers ignore Ctrl-C: this process stops them, and waits for them before the folder they write to is removed.
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
+def make_parser(description: str, name: str, labelled_help: str, source_help: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that all converters have."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help=source_help)
+    add("-d", type=int, required=True, metavar="ID", help="dataset ID, 1 to 999, not in use yet")
+    add("--labeled", required=True, metavar="N|FILE", help=labelled_help)
+    add("--name", default=name, help="DatasetXXX_NAME (default: %(default)s)")
+    processes = min(4, os.cpu_count() or 1)
+    add("-np", type=int, default=processes, metavar="N", help="processes (default here: %(default)s)")
+    add("--previews", type=int, default=8, metavar="N", help="cases with a picture in previews/ (default: %(default)s)")
+    add("--dry-run", "--dry_run", action="store_true", help="read and check everything, write nothing")
+    return parser
+
+
+def options_of(given: argparse.Namespace, resumable: bool = True) -> Options:
+    if given.previews < 0:
+        raise InputError(f"--previews {given.previews}: give 0 or more")
+    return Options(given.np, given.dry_run, given.previews, resumable)
+
+
+def run_command(function: Callable[[], str]) -> int:
+    """Print what ``function`` returns; the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
     try:
-        futures = [pool.submit(function, job) for job in jobs]
-        for future in as_completed(futures):
-            future.result()
-            bar.update()
-        return [future.result() for future in futures]
-    except BrokenProcessPool as error:
-        raise InputError(f"a worker process died, perhaps for lack of memory; try -np {processes // 2}") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def range_text(rows: Sequence[Sequence[float]]) -> str:
-    """Smallest and largest value per column: ``[(148, 88), (244, 88)]`` gives ``"148-244 x 88"``."""
-    columns = [(min(column), max(column)) for column in zip(*rows, strict=True)]
-    return " x ".join(f"{low:g}" if low == high else f"{low:g}-{high:g}" for low, high in columns)
-
-
-def table_text(rows: Sequence[tuple[str, object]]) -> str:
-    """Two aligned columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+        print(function())
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interruption:
+        print(f"error: interrupted, no dataset was written. {interruption}".rstrip(), file=sys.stderr)
+        return 130
+    return 0

@@ -32,13 +32,10 @@ inferior to superior (judged by the anatomy), which is the identity direction of
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,24 +44,14 @@ import SimpleITK as sitk
 if not __package__:  # run as a file: the repository root is not on the path then
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset_conversion.common import (
-    FILE_ENDING,
-    check_image,
-    check_label,
-    choose_labelled,
-    new_dataset_path,
-    range_text,
-    read_list,
-    run_jobs,
-    table_text,
-    whole_folder,
-    write_dataset_json,
-    write_image,
-    write_splits,
-)
+from dataset_conversion import common
+from dataset_conversion.common import Case, Options, Recipe, choose_labelled, read_list
+from dataset_conversion.h5 import array_to_image, check_spacing, read_h5_arrays, require_h5py
+from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_image, check_label
+from nnunetv2_semisup.data.images import check_source, read_image, same_geometry
 from nnunetv2_semisup.errors import InputError
 
-LISTS = Path(__file__).resolve().parent / "splits"
+LISTS = common.LISTS
 LABELS = {"background": 0, "left atrium": 1}
 STATED_SPACING = (0.625, 0.625, 0.625)  # mm, challenge description
 FILES = {"h5": ("mri_norm2.h5", "mri_norm2.h5"), "nrrd": ("lgemri.nrrd", "laendo.nrrd")}  # image, label
@@ -84,25 +71,6 @@ DESCRIPTION = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """One case to convert.
-
-    Attributes:
-        form: "h5" or "nrrd".
-        folder: the case's source folder.
-        image_target: file to write.
-        label_target: file to write, or None: then the label is not touched.
-        spacing: x, y, z in mm for the h5 form; None for the nrrd form, whose headers have it.
-    """
-
-    form: str
-    folder: Path
-    image_target: Path
-    label_target: Path | None
-    spacing: tuple[float, float, float] | None
-
-
-@dataclass(frozen=True)
 class Cases:
     """IDs of the cases by their role; ``missing_test`` are listed but not there."""
 
@@ -117,11 +85,9 @@ class Cases:
 
 def find_form(source: Path) -> str:
     """Return "h5" or "nrrd", by the files in the case folders of ``source``."""
-    if not source.is_dir():
-        raise InputError(f"--source {source} is no folder")
     found = [form for form, (image, _) in FILES.items() if next(source.glob(f"*/{image}"), None)]
-    if found == ["h5"] and importlib.util.find_spec("h5py") is None:
-        raise InputError("h5py is needed to read the h5 form; run: pip install h5py")
+    if found == ["h5"]:
+        require_h5py()
     if len(found) == 1:
         return found[0]
     if found:
@@ -138,32 +104,6 @@ def is_present(source: Path, form: str, case: str, with_label: bool) -> bool:
     image, label = FILES[form]
     names = (image, label) if with_label else (image,)
     return all((source / case / name).is_file() for name in names)
-
-
-def array_to_image(array: np.ndarray, spacing: Sequence[float]) -> sitk.Image:
-    """An image with identity direction and origin 0.
-
-    Args:
-        array: (X, Y, Z).
-        spacing: x, y, z in mm.
-    """
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
-    image.SetSpacing(spacing)
-    return image
-
-
-def read_h5_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """Read the named datasets of an HDF5 file, and no others."""
-    import h5py  # an extra: whoever converts the nrrd form does not need it
-
-    try:
-        with h5py.File(path) as file:
-            for name in names:
-                if not isinstance(file.get(name), h5py.Dataset):
-                    raise InputError(f"{path}: no dataset {name!r} inside; it must have 'image' and 'label'")
-            return [np.asarray(file[name][()]) for name in names]
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged or incomplete ({_last_line(error)}); copy or download it again") from error
 
 
 def read_h5_case(folder: Path, with_label: bool, spacing: Sequence[float]) -> tuple[sitk.Image, sitk.Image | None]:
@@ -186,14 +126,6 @@ def read_h5_case(folder: Path, with_label: bool, spacing: Sequence[float]) -> tu
     return image, array_to_image(binary_label(arrays[1], arrays[0].shape, "h5", path), spacing)
 
 
-def read_nrrd(path: Path) -> sitk.Image:
-    """Read an nrrd file."""
-    try:
-        return sitk.ReadImage(str(path), imageIO="NrrdImageIO")
-    except RuntimeError as error:
-        raise InputError(f"{path}: damaged or incomplete ({_last_line(error)}); copy or download it again") from error
-
-
 def read_nrrd_case(folder: Path, with_label: bool) -> tuple[sitk.Image, sitk.Image | None]:
     """Read a case of the nrrd form.
 
@@ -205,12 +137,12 @@ def read_nrrd_case(folder: Path, with_label: bool) -> tuple[sitk.Image, sitk.Ima
         image (type and geometry of the file) and label (uint8, 0 and 1) or None.
     """
     image_path, label_path = (folder / name for name in FILES["nrrd"])
-    image = read_nrrd(image_path)
+    image = read_image(image_path, "NrrdImageIO")
     array = sitk.GetArrayViewFromImage(image)
     check_image(array, image_path)
     if not with_label:
         return image, None
-    source = read_nrrd(label_path)
+    source = read_image(label_path, "NrrdImageIO")
     label = sitk.GetImageFromArray(binary_label(sitk.GetArrayViewFromImage(source), array.shape, "nrrd", label_path))
     if not same_geometry(image, source):
         raise InputError(f"{label_path}: its header differs from {image_path.name} in spacing, origin or direction")
@@ -227,34 +159,22 @@ def binary_label(array: np.ndarray, shape: tuple[int, ...], form: str, path: Pat
     return label
 
 
-def same_geometry(a: sitk.Image, b: sitk.Image) -> bool:
-    """Whether spacing, origin (mm) and direction agree to 0.001."""
-    pairs = ((a.GetSpacing(), b.GetSpacing()), (a.GetOrigin(), b.GetOrigin()), (a.GetDirection(), b.GetDirection()))
-    return all(np.allclose(left, right, rtol=0, atol=1e-3) for left, right in pairs)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]
-
-
 # --- converting -----------------------------------------------------------------------------------------------------
 
 
-def convert_case(job: Job) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Convert one case.
+def read_case(
+    case: Case, form: str, spacing: tuple[float, float, float] | None
+) -> tuple[sitk.Image, sitk.Image | None, str]:
+    """Read a case; see ``common.Recipe``.
 
-    Returns:
-        shape (x, y, z) in voxels and spacing (x, y, z) in mm.
+    Args:
+        case: its files lie in one folder.
+        form: "h5" or "nrrd".
+        spacing: x, y, z in mm for the h5 form.
     """
-    with_label = job.label_target is not None
-    if job.form == "h5":
-        image, label = read_h5_case(job.folder, with_label, job.spacing)
-    else:
-        image, label = read_nrrd_case(job.folder, with_label)
-    write_image(image, job.image_target)
-    if with_label:
-        write_image(label, job.label_target)
-    return image.GetSize(), image.GetSpacing()
+    folder, with_label = case.files[0].parent, case.label_file is not None
+    image, label = read_h5_case(folder, with_label, spacing) if form == "h5" else read_nrrd_case(folder, with_label)
+    return image, label, ""
 
 
 def choose_cases(source: Path, form: str, labelled_choice: str, allow_missing_test: bool) -> Cases:
@@ -289,24 +209,6 @@ def choose_cases(source: Path, form: str, labelled_choice: str, allow_missing_te
     return Cases(labelled, unlabelled, [case for case in listed_test if case not in missing_test], missing_test)
 
 
-def check_spacing(values: Sequence[float] | None, form: str) -> tuple[float, float, float] | None:
-    """The spacing to write, x, y, z in mm; None for the nrrd form, which has its own.
-
-    Args:
-        values: one or three numbers in mm, or None: as the challenge states.
-        form: "h5" or "nrrd".
-    """
-    if form == "nrrd":
-        if values is not None:
-            raise InputError("--spacing is for the h5 form only: the nrrd headers have the spacing; leave it out")
-        return None
-    if values is None:
-        return STATED_SPACING
-    if len(values) not in (1, 3) or not all(math.isfinite(value) and value > 0 for value in values):
-        raise InputError(f"--spacing {' '.join(map(str, values))}: give one number or three (x y z), in mm, above 0")
-    return tuple(values) * 3 if len(values) == 1 else tuple(values)
-
-
 def spacing_note(form: str, spacing_given: bool) -> str:
     """Where the spacing comes from."""
     if form == "nrrd":
@@ -316,33 +218,13 @@ def spacing_note(form: str, spacing_given: bool) -> str:
     return "assumed: the challenge states it, the h5 files carry none, the data suggests 1.25 mm in z"
 
 
-def make_jobs(
-    source: Path, form: str, cases: Cases, folder: Path, spacing: tuple[float, float, float] | None
-) -> list[Job]:
-    """All jobs: labelled, unlabelled, test.
-
-    Args:
-        source: folder of case folders.
-        form: "h5" or "nrrd".
-        cases: which cases play which role.
-        folder: dataset folder to write into.
-        spacing: x, y, z in mm, or None: the headers'.
-    """
-    roles = (
-        (cases.labelled, "imagesTr", "labelsTr"),
-        (cases.unlabelled, "imagesUn", None),
-        (cases.test, "imagesTs", "labelsTs"),
-    )
+def make_cases(source: Path, form: str, cases: Cases) -> list[Case]:
+    """All cases with their files: labelled, unlabelled, test."""
+    image, label = FILES[form]
     return [
-        Job(
-            form=form,
-            folder=source / case,
-            image_target=folder / images / f"{case}_0000{FILE_ENDING}",
-            label_target=folder / labels / f"{case}{FILE_ENDING}" if labels else None,
-            spacing=spacing,
-        )
-        for ids, images, labels in roles
-        for case in ids
+        Case(name, role, (source / name / image,), None if role == UNLABELLED else source / name / label)
+        for names, role in ((cases.labelled, LABELLED), (cases.unlabelled, UNLABELLED), (cases.test, TEST))
+        for name in names
     ]
 
 
@@ -354,6 +236,8 @@ def convert(
     allow_missing_test: bool = False,
     name: str = "LA",
     processes: int = 1,
+    dry_run: bool = False,
+    previews: int = 0,
 ) -> str:
     """Convert the data set; see the module's text for what is read and written.
 
@@ -365,6 +249,8 @@ def convert(
         allow_missing_test: convert the test cases that are there.
         name: the dataset is called ``DatasetXXX_name``.
         processes: number of processes.
+        dry_run: read and check only.
+        previews: number of pictures.
 
     Returns:
         a summary for people.
@@ -372,65 +258,52 @@ def convert(
     Raises:
         InputError: something given is wrong; nothing is left behind.
     """
-    target = new_dataset_path(dataset_id, name)
+    common.new_dataset_path(dataset_id, name)
+    folder = check_source(source)
     form = find_form(source)
-    written_spacing = check_spacing(spacing, form)
+    written_spacing = check_spacing(spacing, form, STATED_SPACING, "nrrd")
     cases = choose_cases(source, form, labelled_choice, allow_missing_test)
-    with whole_folder(target) as folder:
-        results = run_jobs(convert_case, make_jobs(source, form, cases, folder, written_spacing), processes)
-        shapes, spacings = zip(*results, strict=True)
-        spacing_text = f"{range_text(spacings)} mm (x, y, z), {spacing_note(form, spacing is not None)}"
-        conversion = {
-            "source_form": form,
-            "labelled": len(cases.labelled),
-            "unlabelled": len(cases.unlabelled),
-            "test": len(cases.test),
-            "missing_test": cases.missing_test,
-            "spacing": spacing_text,
-        }
-        write_dataset_json(folder, ["LGE-MRI"], LABELS, len(cases.labelled), **DESCRIPTION, conversion=conversion)
-        write_splits(folder, cases.labelled)
-
     missing = f"; {len(cases.missing_test)} missing: {', '.join(cases.missing_test)}" if cases.missing_test else ""
-    rows = [
-        ("source", f"{source} ({form} form)"),
-        ("cases", len(results)),
-        ("labelled", f"{len(cases.labelled)} in imagesTr"),
-        ("unlabelled", f"{len(cases.unlabelled)} in imagesUn"),
-        ("test", f"{len(cases.test)} in imagesTs{missing}"),
-        ("spacing", spacing_text),
-        ("shape", f"{range_text(shapes)} voxels (x, y, z)"),
-        ("next", f"nnUNetv2_plan_and_preprocess -d {dataset_id}"),
-    ]
-    return f"{target}\n{table_text(rows)}"
+    recipe = Recipe(
+        cases=make_cases(source, form, cases),
+        read=partial(read_case, form=form, spacing=written_spacing),
+        channels=["LGE-MRI"],
+        labels=LABELS,
+        description=DESCRIPTION,
+        conversion={"source_form": form, "missing_test": cases.missing_test},
+        spacing_note=spacing_note(form, spacing is not None),
+        role_notes={TEST: missing},
+    )
+    # A hundred small scans take a minute: an interrupted run leaves nothing behind.
+    options = Options(processes, dry_run, previews, resumable=False)
+    return common.convert(recipe, folder, dataset_id, name, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = common.make_parser(
+        __doc__,
+        "LA",
+        "the first N training cases, or a file with one ID per line",
+        "folder of case folders, h5 or nrrd form",
     )
     add = parser.add_argument
-    add("--source", type=Path, required=True, help="folder of case folders, h5 or nrrd form")
-    add("-d", type=int, required=True, metavar="ID", help="dataset ID, 1 to 999, not in use yet")
-    add("--labeled", required=True, metavar="N|FILE", help="the first N training cases, or a file with one ID per line")
     add("--spacing", type=float, nargs="+", metavar="MM", help="h5 form: x y z or one number, in mm (default: 0.625)")
     add("--allow_missing_test", action="store_true", help="go on when test cases are missing, and name them")
-    add("--name", default="LA", help="DatasetXXX_NAME (default: LA)")
-    default_processes = min(4, os.cpu_count() or 1)
-    add("-np", type=int, default=default_processes, metavar="N", help=f"processes (default here: {default_processes})")
     given = parser.parse_args(arguments)
-    try:
-        print(
-            convert(given.source, given.d, given.labeled, given.spacing, given.allow_missing_test, given.name, given.np)
+    return common.run_command(
+        lambda: convert(
+            given.source,
+            given.d,
+            given.labeled,
+            given.spacing,
+            given.allow_missing_test,
+            given.name,
+            given.np,
+            given.dry_run,
+            given.previews,
         )
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    )
 
 
 if __name__ == "__main__":

@@ -104,6 +104,60 @@ def preprocess(arguments: list[str] | None = None) -> None:
 
 
 @command
+def hide_labels(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_hide_labels",
+        description="Make a semi-supervised dataset from a labelled one in nnUNet_raw: some cases keep their labels, "
+        "the rest go to imagesUn. Files are linked where the file system allows; hidden_labels.json tells the choice.",
+    )
+    _dataset_argument(parser)
+    parser.add_argument("-o", type=int, required=True, metavar="ID", help="id of the new dataset, not in use yet")
+    parser.add_argument(
+        "--labeled",
+        required=True,
+        metavar="N|FILE",
+        help="number of patients that keep their labels, or a file with one case or patient per line",
+    )
+    parser.add_argument("--name", default=None, help="DatasetXXX_NAME (default: the name of the labelled dataset)")
+    parser.add_argument(
+        "--patient_pattern",
+        default=None,
+        metavar="REGEX",
+        help="what in a case's name is the patient, e.g. 'patient[0-9]+' (default: every case is a patient)",
+    )
+    parser.add_argument("--stratified", action="store_true", help="spread the choice over small and large foregrounds")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice (default: %(default)s)")
+    parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    from nnunetv2_semisup.data import hide_labels as hide_labels_module
+
+    print(
+        hide_labels_module.hide_labels(
+            args.d, args.o, args.labeled, args.name, args.patient_pattern, args.stratified, args.seed, args.np
+        )
+    )
+
+
+@command
+def add_unlabeled(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_add_unlabeled",
+        description="Bring NIfTI, NRRD, MetaImage files or DICOM series into imagesUn of a dataset: checks channels, "
+        "spacing and orientation against the labelled images, leaves out images that are there already, and names test "
+        "images among the new ones.",
+    )
+    _dataset_argument(parser)
+    parser.add_argument("folder", metavar="FOLDER", help="images, in any depth")
+    parser.add_argument("--reorient", action="store_true", help="turn axes to those of the labelled images (lossless)")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check only")
+    parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    from nnunetv2_semisup.data import add_unlabeled as add_unlabeled_module
+
+    print(add_unlabeled_module.add_unlabeled(args.d, Path(args.folder), args.reorient, args.dry_run, args.np))
+
+
+@command
 def evaluate(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_evaluate",

@@ -225,6 +225,15 @@ def use(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def nnunet_raw(tmp_path, monkeypatch) -> Path:
+    """nnU-Net's three folders, empty; returns nnUNet_raw."""
+    for key in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / key).mkdir(exist_ok=True)
+        monkeypatch.setenv(key, str(tmp_path / key))
+    return tmp_path / "nnUNet_raw"
+
+
+@pytest.fixture
 def tiny(datasets, use):
     """The two-class data set, ready to train on."""
     return use(datasets("2 classes"))

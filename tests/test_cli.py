@@ -7,7 +7,10 @@ import pytest
 from nnunetv2_semisup import cli, discovery
 from nnunetv2_semisup.errors import InputError
 
-COMMANDS = [cli.trainers, cli.plans, cli.preprocess, cli.evaluate, cli.demo, cli.benchmark]
+COMMANDS = [
+    *(cli.trainers, cli.plans, cli.preprocess, cli.hide_labels, cli.add_unlabeled),
+    *(cli.evaluate, cli.benchmark, cli.demo),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__)
@@ -43,6 +46,10 @@ def one_error_line(capsys, *words) -> None:
         (cli.preprocess, ["-d", "901", "-c", "5d"], ("5d",)),
         (cli.plans, ["-d", "901", "-o", "new", "--set", "nnUNetTrainerMeanTeacher.x=1"], ("'x'",)),
         (cli.plans, ["-d", "901", "-o", "nnUNetPlans"], ("nnUNetPlans",)),
+        (cli.hide_labels, ["-d", "77", "-o", "78", "--labeled", "2"], ("-d 77", "no dataset")),
+        (cli.hide_labels, ["-d", "901", "-o", "901", "--labeled", "2"], ("901 is taken",)),
+        (cli.hide_labels, ["-d", "901", "-o", "902", "--labeled", "9"], ("--labeled 9", "1 to 3")),
+        (cli.add_unlabeled, ["-d", "901", "nothing"], ("nothing", "no folder")),
         (cli.evaluate, ["-ref", "r", "-pred", "p", "-djfile", "d.json", "-o", "o"], ("d.json", "does not exist")),
         (cli.benchmark, [], ("GRID.yaml", "-d")),
         (cli.benchmark, ["nowhere.yaml"], ("nowhere.yaml",)),

@@ -8,7 +8,6 @@ removed by the next call. One process works at a time, under a file lock.
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import json
 import multiprocessing
@@ -27,17 +26,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from filelock import FileLock, Timeout
 from nibabel.filebasedimages import ImageFileError
-from nibabel.nifti1 import Nifti1Header
-from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
+from nnunetv2_semisup.data import checks
 from nnunetv2_semisup.data.folders import (
     RAW_FOLDER,
     find_unlabeled_cases,
@@ -433,9 +430,9 @@ def _checked(preprocessor_class: type[DefaultPreprocessor]) -> type[DefaultPrepr
         def run_case(self, image_files, *args, **kwargs):
             try:
                 for file in image_files:
-                    _require_whole_nifti(file)
+                    checks.require_whole_nifti(file)
                 data, mask, properties = super().run_case(image_files, *args, **kwargs)
-                _require_finite(data)
+                checks.require_finite(data)
             except _IMAGE_ERRORS as error:
                 # nnU-Net's readers raise without text in one situation only, and print the rest.
                 what = " ".join(str(error).split()) or "its channels differ in shape or voxel size"
@@ -446,44 +443,8 @@ def _checked(preprocessor_class: type[DefaultPreprocessor]) -> type[DefaultPrepr
             return data, mask, properties
 
         def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
-            _require_channels(data, configuration_manager)
-            _require_finite(data)
+            checks.require_channels(data, len(configuration_manager.normalization_schemes))
+            checks.require_finite(data)
             return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
 
     return Checked
-
-
-def _require_whole_nifti(file: str) -> None:
-    """ITK reads a NIfTI file that was cut off without complaint and fills the rest with zeros, so count its bytes."""
-    if not file.endswith((".nii", ".nii.gz")):
-        return
-    with open(file, "rb") as stream:
-        is_compressed = stream.read(2) == b"\x1f\x8b"
-    name = os.path.basename(file)
-    with gzip.open(file) if is_compressed else open(file, "rb") as stream:
-        start = stream.read(4)
-        header_class = Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else Nifti1Header
-        header_size = header_class.template_dtype.itemsize
-        start += stream.read(header_size - len(start))
-        if len(start) < header_size:
-            raise ValueError(f"{name} is no NIfTI image")
-        header = header_class(start, check=False)
-        shape = header["dim"][1 : 1 + header["dim"][0]].astype(np.int64)
-        expected = int(header["vox_offset"]) + int(shape.prod()) * int(header["bitpix"]) // 8
-        found = header_size + sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
-    if found < expected:
-        raise ValueError(f"{name} is cut off, {found} of {expected} bytes are there")
-
-
-def _require_channels(data: np.ndarray, configuration: ConfigurationManager) -> None:
-    """Args: data: (C, X, Y, Z)."""
-    expected = len(configuration.normalization_schemes)
-    if data.shape[0] != expected:
-        raise ValueError(f"it has {data.shape[0]} channels, the plans expect {expected}")
-
-
-def _require_finite(data: np.ndarray) -> None:
-    """Args: data: (C, X, Y, Z) float."""
-    bad = [channel for channel in range(data.shape[0]) if not np.isfinite(data[channel]).all()]
-    if bad:
-        raise ValueError(f"NaN or infinite values in channel {', '.join(map(str, bad))}")

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import h5py
@@ -22,6 +23,7 @@ from hypothesis.extra import numpy as hnp
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ZScoreNormalization
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+from nnunetv2.utilities import utils
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -183,7 +185,8 @@ def test_nrrd_with_another_orientation_keeps_its_world_coordinates(raw, tmp_path
     assert la.same_geometry(written, read_nifti(raw / "Dataset508_LA/labelsTr/C1.nii.gz")[1])
 
 
-def test_nnunet_understands_the_dataset(raw, source):
+def test_nnunet_understands_the_dataset(raw, source, monkeypatch):
+    monkeypatch.setattr(utils, "Pool", ThreadPool)  # processes forked beside threads may hang
     la.convert(source, 508, "5")
     target = raw / "Dataset508_LA"
     content = json.loads((target / "dataset.json").read_text())
@@ -503,7 +506,7 @@ def test_unfinished_folder_is_invisible_to_nnunet(raw):
 
 def test_target_that_appears_meanwhile_is_left_alone(raw, source, monkeypatch):
     write = common.write_splits
-    monkeypatch.setattr(la, "write_splits", lambda *a: ((raw / "Dataset508_LA").mkdir(), write(*a)))
+    monkeypatch.setattr(common, "write_splits", lambda *a: ((raw / "Dataset508_LA").mkdir(), write(*a)))
     with pytest.raises(InputError, match="has appeared"):
         la.convert(source, 508, "2")
     assert [path.name for path in raw.iterdir()] == ["Dataset508_LA"]
@@ -533,14 +536,14 @@ def test_main_reports_wrong_input_in_one_line(raw, source, capsys):
 
 
 def test_interruption_leaves_nothing(raw, source, capsys, monkeypatch):
-    convert = la.convert_case
+    read = la.read_h5_case
 
-    def interrupted(job):
-        if job.folder.name == "C3":
+    def interrupted(folder, *arguments):
+        if folder.name == "C3":
             raise KeyboardInterrupt
-        return convert(job)
+        return read(folder, *arguments)
 
-    monkeypatch.setattr(la, "convert_case", interrupted)
+    monkeypatch.setattr(la, "read_h5_case", interrupted)
     assert la.main(["--source", str(source), "-d", "508", "--labeled", "2", "-np", "1"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(raw.iterdir()) == []
@@ -665,6 +668,25 @@ def test_real_packages(raw, tmp_path, monkeypatch, unpack):
             label, _ = read_nifti(raw / "Dataset508_LA" / labels / f"{case}.nii.gz")
             np.testing.assert_array_equal(image, content[case][0])
             np.testing.assert_array_equal(label, content[case][1])
+
+
+@pytest.mark.slow
+@needs_real_data
+def test_all_real_packages(raw, tmp_path, monkeypatch, unpack):
+    splits = ROOT / "dataset_conversion" / "splits"
+    monkeypatch.setattr(la, "LISTS", splits)
+    for package in (REAL_DATA / "la").glob("*.npz"):
+        image, label = unpack.load_case(package)
+        write_h5(tmp_path / "source" / package.stem / "mri_norm2.h5", image=image, label=label)
+    la.convert(tmp_path / "source", 508, "80", allow_missing_test=True)
+    files = list((raw / "Dataset508_LA").glob("images*/*"))
+    assert len(files) == 90
+    for file in files:
+        case = file.name.removesuffix("_0000.nii.gz")
+        image, label = unpack.load_case(REAL_DATA / "la" / f"{case}.npz")
+        np.testing.assert_array_equal(read_nifti(file)[0], image)
+        label_file = file.parents[1] / file.parent.name.replace("images", "labels") / f"{case}.nii.gz"
+        np.testing.assert_array_equal(read_nifti(label_file)[0], label)
 
 
 @needs_real_data

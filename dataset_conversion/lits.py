@@ -1,0 +1,163 @@
+"""Liver and liver tumours in CT (LiTS, ISBI and MICCAI 2017) as a dataset with labelled and unlabelled images.
+
+    python dataset_conversion/lits.py --source LiTS -d 131 --labeled 13 --test 26
+
+Reads volume-N.nii and segmentation-N.nii (or .nii.gz) of the 131 training scans, in folders of any depth. The
+challenge's test scans (test-volume-N.nii) have no public labels and are not used.
+
+We know of no published division for semi-supervised training: --test N takes N random scans for testing, --labeled N
+the first N of the others; --seed decides the random order, larger numbers of labelled scans contain smaller ones. Or
+name the scans, one volume-N per line, in a file. The labels of the other scans are neither read nor written.
+
+--structures both (default): 1 liver, 2 tumour; liver: 1 liver with its tumours. HU are kept: the channel is called CT.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+if not __package__:  # run as a file: the repository root is not on the path then
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataset_conversion import common
+from dataset_conversion.common import Case, Options, Recipe, choose_labelled, choose_test, require_present
+from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_label
+from nnunetv2_semisup.data.images import align_label, check_source, orientation, read_image, walk
+from nnunetv2_semisup.errors import InputError
+
+LABELS = {"both": {"background": 0, "liver": 1, "tumour": 2}, "liver": {"background": 0, "liver": 1}}
+PUBLISHED = 131
+FILE = re.compile(r"(volume|segmentation)-(\d+)\.nii(\.gz)?")
+DESCRIPTION = {
+    "name": "LiTS",
+    "description": "Liver and liver tumours in CT, Liver Tumor Segmentation Challenge (ISBI and MICCAI 2017)",
+    "reference": "https://competitions.codalab.org/competitions/17094",
+    "licence": "The challenge sets the terms: see the reference.",
+    "citation": [
+        "Bilic et al., The Liver Tumor Segmentation Benchmark (LiTS), Medical Image Analysis 84, 102680, 2023",
+    ],
+}
+
+
+def find_files(source: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """``volume-N`` -> image; ``volume-N`` -> label."""
+    found: dict[str, dict[str, Path]] = {"volume": {}, "segmentation": {}}
+    for path in walk(source):
+        if match := FILE.fullmatch(path.name):
+            case = f"volume-{match[2]}"
+            if case in found[match[1]]:
+                raise InputError(f"{path}: there is another {found[match[1]][case]}; give one copy of the data")
+            found[match[1]][case] = path
+    if not found["volume"]:
+        raise InputError(f"--source {source} has no volume-N.nii; give the folder of the training scans")
+    return found["volume"], found["segmentation"]
+
+
+def read_case(case: Case, structures: str) -> tuple[sitk.Image, sitk.Image | None, str]:
+    """Read a case; see ``common.Recipe``."""
+    image = read_image(case.files[0])
+    if case.label_file is None:
+        return image, None, ""
+    source = read_image(case.label_file)
+    label, same_place = align_label(source, image, case.label_file)
+    if not same_place and orientation(source) != orientation(image):
+        raise InputError(
+            f"{case.label_file}: its header has axes {orientation(source)} and another place than the image's "
+            f"({orientation(image)}), so which way round it belongs is unknown; correct the header"
+        )
+    array = sitk.GetArrayFromImage(label)
+    check_label(array, image.GetSize()[::-1], (0, 1, 2), case.label_file)
+    written = sitk.GetImageFromArray((array > 0).astype(np.uint8) if structures == "liver" else array.astype(np.uint8))
+    written.CopyInformation(image)
+    return (
+        image,
+        written,
+        "" if same_place else "the label's header has another place than the image's, look at previews",
+    )
+
+
+def convert(
+    source: Path,
+    dataset_id: int,
+    labelled_choice: str,
+    test_choice: str,
+    structures: str = "both",
+    seed: int = 0,
+    name: str = "LiTS",
+    options: Options | None = None,
+) -> str:
+    """Convert the data set; see the module's text for what is read and written.
+
+    Args:
+        source: folder with the scans.
+        dataset_id: 1 to 999.
+        labelled_choice: a number, "all", or a file naming scans.
+        test_choice: number of test scans, or a file naming them.
+        structures: "both" or "liver".
+        seed: of the random order.
+        name: the dataset is called ``DatasetXXX_name``.
+        options: processes, dry run, previews.
+
+    Returns:
+        a report for people.
+
+    Raises:
+        InputError: something given is wrong; no dataset has appeared.
+    """
+    common.new_dataset_path(dataset_id, name)
+    source = check_source(source)
+    images, labels = find_files(source)
+    train, test = choose_test(test_choice, list(images), seed)
+    labelled = choose_labelled(labelled_choice, train)
+    roles = {case: LABELLED if case in labelled else UNLABELLED for case in train} | dict.fromkeys(test, TEST)
+    missing = sorted(case for case, role in roles.items() if role != UNLABELLED and case not in labels)
+    require_present(source, missing, len(roles), "scans lack segmentation-N.nii", "complete the folder")
+    counted = [("note", f"{len(images)} scans, {PUBLISHED} were published")] if len(images) != PUBLISHED else []
+    recipe = Recipe(
+        cases=[
+            Case(case, role, (images[case],), None if role == UNLABELLED else labels[case])
+            for case, role in roles.items()
+        ],
+        read=partial(read_case, structures=structures),
+        channels=["CT"],
+        labels=LABELS[structures],
+        description=DESCRIPTION,
+        conversion={"structures": structures, "seed": seed},
+        spacing_note="from the headers",
+        rows=[("division", f"random, seed {seed}"), *counted],
+    )
+    return common.convert(recipe, source, dataset_id, name, options or Options())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
+    labelled_help = "the first N training scans in random order, all, or a file with one volume-N per line"
+    parser = common.make_parser(__doc__, "LiTS", labelled_help, "folder with the scans, in any depth")
+    add = parser.add_argument
+    add("--test", required=True, metavar="N|FILE", help="number of test scans, or a file naming them")
+    add("--structures", choices=list(LABELS), default="both", help="default: %(default)s")
+    add("--seed", type=int, default=0, help="of the random order (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    return common.run_command(
+        lambda: convert(
+            given.source,
+            given.d,
+            given.labeled,
+            given.test,
+            given.structures,
+            given.seed,
+            given.name,
+            common.options_of(given),
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Make a semi-supervised dataset from a labelled one: few cases keep their labels, the rest become unlabelled."""
+
+from __future__ import annotations
+
+import glob
+import json
+import random
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunetv2_semisup.data.folders import RAW_FOLDER, labelled_identifiers, read_json
+from nnunetv2_semisup.data.images import last_line
+from nnunetv2_semisup.data.jobs import run_jobs
+from nnunetv2_semisup.data.raw import find_dataset, link_or_copy, new_dataset_path, whole_folder, write_splits
+from nnunetv2_semisup.errors import InputError
+
+RECORD = "hidden_labels.json"
+
+
+def hide_labels(
+    dataset: str,
+    new_id: int,
+    labelled_choice: str,
+    name: str | None = None,
+    patient_pattern: str | None = None,
+    stratified: bool = False,
+    seed: int = 0,
+    processes: int = 1,
+) -> str:
+    """Make ``DatasetXXX_name`` from a dataset in nnUNet_raw, linking its files.
+
+    Args:
+        dataset: id or name of the labelled dataset.
+        new_id: id of the new one.
+        labelled_choice: number of patients that keep their labels, or a file with one case id or patient per line.
+        name: of the new dataset; None: that of the old one.
+        patient_pattern: regular expression, found in a case id; its first group, or all that it matches, is the
+            patient. Cases of one patient stay together. None: every case is a patient.
+        stratified: choose by size of the foreground: one patient of each of N equal parts of the sorted list. This
+            reads all labels, also those that are hidden then.
+        seed: of the random choice.
+        processes: for reading labels.
+
+    Returns:
+        a report for people.
+
+    Raises:
+        InputError: something given is wrong; no dataset has appeared.
+    """
+    source = find_dataset(dataset)
+    target = new_dataset_path(new_id, name or source.name.split("_", 1)[-1])
+    dataset_json = read_json(source / "dataset.json", "repair it")
+    cases = labelled_cases(source, dataset_json)
+    patient_of = group_cases(sorted(cases), patient_pattern)
+    patients = sorted(set(patient_of.values()))
+    sizes: dict[str, float] = {}
+    if re.fullmatch(r"[+-]?\d+", labelled_choice):
+        number = int(labelled_choice)
+        if not 1 <= number <= len(patients):
+            raise InputError(
+                f"--labeled {number}: must be 1 to {len(patients)}, the number of patients in {source.name}"
+            )
+        if stratified:
+            sizes = foreground_sizes(cases, patient_of, dataset_json, processes)
+            labelled = choose_stratified(sizes, number, seed)
+        else:
+            labelled = sorted(random.Random(seed).sample(patients, number))
+        how = f"{'stratified by foreground size' if stratified else 'random'}, seed {seed}"
+    else:
+        if stratified:
+            raise InputError("--stratified needs a number with --labeled, not a list")
+        labelled = listed_patients(Path(labelled_choice), patient_of)
+        how = f"list {Path(labelled_choice).name}"
+    kept = [case for case in sorted(cases) if patient_of[case] in set(labelled)]
+    hidden = [case for case in sorted(cases) if case not in set(kept)]
+
+    with whole_folder(target) as folder:
+        _link_cases(source, folder, cases, kept, hidden, dataset_json["file_ending"])
+        new_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
+        _write_json(folder / "dataset.json", {**new_json, "numTraining": len(kept)})
+        record = {
+            "source": source.name,
+            "choice": how,
+            "patient_pattern": patient_pattern,
+            "labelled": {case: patient_of[case] for case in kept},
+            "hidden": {case: patient_of[case] for case in hidden},
+            **({"foreground_voxels_per_case": sizes} if sizes else {}),
+        }
+        _write_json(folder / RECORD, record)
+        write_splits(folder, kept, patient_of)
+    return (
+        f"{target}\n  {len(kept)} cases of {len(labelled)} patients keep their labels ({how})\n"
+        f"  {len(hidden)} cases went to {RAW_FOLDER} without labels, see {RECORD}\n"
+        f"  next: nnUNetv2_plan_and_preprocess -d {new_id} --verify_dataset_integrity"
+    )
+
+
+def labelled_cases(source: Path, dataset_json: dict) -> dict[str, dict]:
+    """Case -> {"images": files in channel order, "label": file}, as nnU-Net finds them."""
+    if "dataset" in dataset_json:
+        return get_filenames_of_train_images_and_targets(str(source), dataset_json)
+    ending = dataset_json["file_ending"]
+    return {
+        case: {
+            "images": sorted(map(str, (source / "imagesTr").glob(f"{glob.escape(case)}_[0-9][0-9][0-9][0-9]{ending}"))),
+            "label": str(source / "labelsTr" / f"{case}{ending}"),
+        }
+        for case in labelled_identifiers(source, dataset_json)
+    }
+
+
+def group_cases(cases: Sequence[str], pattern: str | None) -> dict[str, str]:
+    """Case -> patient, by a regular expression; see ``hide_labels``."""
+    if not cases:
+        raise InputError("the dataset has no labelled cases: imagesTr is empty")
+    if pattern is None:
+        return {case: case for case in cases}
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--patient_pattern {pattern!r} is no regular expression: {error}") from error
+    found = {case: compiled.search(case) for case in cases}
+    unknown = [case for case, match in found.items() if match is None]
+    if unknown:
+        raise InputError(f"--patient_pattern {pattern!r} is not found in {', '.join(unknown[:5])}; correct it")
+    return {case: match[1] if compiled.groups else match[0] for case, match in found.items()}
+
+
+def listed_patients(file: Path, patient_of: dict[str, str]) -> list[str]:
+    """Patients named in a file, by themselves or by all of their cases."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--labeled {file}: neither a number nor a list that can be read ({error})") from error
+    names = {line for line in lines if line and not line.startswith("#")}
+    unknown = sorted(names - set(patient_of) - set(patient_of.values()))
+    if unknown or not names:
+        what = f"no such cases or patients: {', '.join(unknown)}" if unknown else "the list is empty"
+        raise InputError(f"--labeled {file}: {what}; name cases of imagesTr")
+    chosen = {patient_of.get(name, name) for name in names}
+    torn = [case for case, patient in patient_of.items() if patient in chosen - names and case not in names]
+    if torn:
+        raise InputError(
+            f"--labeled {file}: {', '.join(torn)} must be listed too, other cases of the same patients are there"
+        )
+    return sorted(chosen)
+
+
+def choose_stratified(sizes: dict[str, float], number: int, seed: int) -> list[str]:
+    """One random patient of each of ``number`` parts, as equal as possible, of the patients sorted by size."""
+    ordered = sorted(sizes, key=lambda patient: (sizes[patient], patient))
+    generator = random.Random(seed)
+    return sorted(generator.choice(list(part)) for part in np.array_split(np.array(ordered, dtype=object), number))
+
+
+def foreground_sizes(
+    cases: dict[str, dict], patient_of: dict[str, str], dataset_json: dict, processes: int
+) -> dict[str, float]:
+    """Patient -> mean number of labelled voxels per case; the ignore label is not counted."""
+    example = next(iter(cases.values()))["images"][0]
+    reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+    count = partial(_foreground_voxels, reader=reader, ignore=dataset_json["labels"].get("ignore"))
+    names = sorted(cases)
+    counts = run_jobs(count, [cases[case]["label"] for case in names], processes, "Reading labels")
+    of_patient: dict[str, list[int]] = {}
+    for case, voxels in zip(names, counts, strict=True):
+        of_patient.setdefault(patient_of[case], []).append(voxels)
+    return {patient: float(np.mean(voxels)) for patient, voxels in of_patient.items()}
+
+
+def _foreground_voxels(file: str, reader: type, ignore: int | None) -> int:
+    try:
+        label = reader().read_seg(file)[0]
+    except (RuntimeError, ValueError, OSError, EOFError) as error:
+        raise InputError(f"{file}: the label cannot be read ({last_line(error)}); repair or remove the case") from error
+    return int(((label > 0) & (label != (-1 if ignore is None else ignore))).sum())
+
+
+def _link_cases(
+    source: Path, folder: Path, cases: dict[str, dict], kept: list[str], hidden: list[str], ending: str
+) -> None:
+    for case in (*kept, *hidden):
+        images = folder / ("imagesTr" if case in set(kept) else RAW_FOLDER)
+        for channel, file in enumerate(cases[case]["images"]):
+            _link(Path(file), images / f"{case}_{channel:04d}{ending}")
+        spacing_file = Path(cases[case]["images"][0]).with_name(f"{case}.json")  # beside TIFF images
+        if spacing_file.exists():
+            _link(spacing_file, images / spacing_file.name)
+    for case in kept:
+        label = Path(cases[case]["label"])
+        _link(label, folder / "labelsTr" / f"{case}{ending}")
+        if label.with_name(f"{case}.json").exists():
+            _link(label.with_name(f"{case}.json"), folder / "labelsTr" / f"{case}.json")
+    for name in (RAW_FOLDER, "imagesTs", "labelsTs"):
+        for file in sorted((source / name).glob("[!.]*")):
+            _link(file, folder / name / file.name)
+
+
+def _link(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise InputError(f"{source} does not exist; complete the dataset")
+    if target.exists():
+        raise InputError(f"{source} has the name of another case of {target.parent.name}; rename it")
+    link_or_copy(source, target)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")

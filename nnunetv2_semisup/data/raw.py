@@ -1,0 +1,108 @@
+"""Datasets in ``nnUNet_raw``: find one, make a new one that appears whole or not at all, link files into it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nnunetv2_semisup.data.folders import RAW_FOLDER
+from nnunetv2_semisup.data.splits import make_splits
+from nnunetv2_semisup.errors import InputError
+
+SUBFOLDERS = ("imagesTr", "labelsTr", RAW_FOLDER, "imagesTs", "labelsTs")
+RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"  # environment variables
+
+
+def raw_folder() -> Path:
+    """``$nnUNet_raw``, checked."""
+    if not os.environ.get(RAW):
+        raise InputError(f"{RAW} is not set; run: export {RAW}=FOLDER")
+    raw = Path(os.environ[RAW]).absolute()
+    if not raw.is_dir():
+        raise InputError(f"{RAW} is {raw}, which is no folder; create it or correct the variable")
+    return raw
+
+
+def find_dataset(dataset: str) -> Path:
+    """The folder of a dataset given by id ("4") or name ("Dataset004_Hippocampus")."""
+    raw = raw_folder()
+    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdecimal() else dataset
+    found = [folder for folder in sorted(raw.iterdir()) if folder.is_dir() and folder.match(pattern)]
+    if len(found) != 1:
+        what = "no dataset" if not found else f"{len(found)} datasets ({', '.join(folder.name for folder in found)})"
+        raise InputError(f"-d {dataset}: {what} in {raw}; give the id or the full name of one that is there")
+    if not (found[0] / "dataset.json").is_file():
+        raise InputError(f"{found[0]} has no dataset.json; complete it as nnU-Net's dataset format describes")
+    return found[0]
+
+
+def new_dataset_path(dataset_id: int, name: str) -> Path:
+    """The folder ``$nnUNet_raw/DatasetXXX_name``, checked: it can be made and nothing else has this ID.
+
+    nnU-Net looks datasets up by ID in all three of its folders, so a leftover of another dataset with the same ID
+    would be taken for this one.
+    """
+    if not 1 <= dataset_id <= 999:
+        raise InputError(f"-d {dataset_id}: a dataset ID must be 1 to 999")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise InputError(f"--name {name!r}: only letters, digits, '_' and '-' can be used")
+    raw = raw_folder()
+    places = [Path(os.environ[key]) for key in (RAW, PREPROCESSED, RESULTS) if os.environ.get(key)]
+    taken = [str(path) for place in places for path in sorted(place.glob(f"Dataset{dataset_id:03d}*"))]
+    if taken:
+        raise InputError(f"ID {dataset_id} is taken: {', '.join(taken)}; choose another with -d, or remove it first")
+    return raw / f"Dataset{dataset_id:03d}_{name}"
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of ``target`` with the dataset's subfolders; rename it to ``target`` at the end.
+
+    On any error, Ctrl-C included, the temporary folder is removed. Its name does not start with ``Dataset``, so
+    nnU-Net never sees it.
+    """
+    temporary = target.with_name(f".tmp_{target.name}_{os.getpid()}")
+    temporary.mkdir()
+    try:
+        for name in SUBFOLDERS:
+            (temporary / name).mkdir()
+        yield temporary
+        publish(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Rename a finished folder to its final name."""
+    if target.exists():  # rename would replace an empty folder that appeared meanwhile
+        raise InputError(f"{target} has appeared during the conversion; remove it and start again")
+    temporary.rename(target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``: hard link, else symbolic link, else copy."""
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        try:
+            target.symlink_to(source)
+        except OSError:
+            shutil.copy2(source, target)
+
+
+def write_splits(folder: Path, labelled: Sequence[str], groups: dict[str, str] | None = None) -> None:
+    """Write ``splits_final.json`` for the labelled cases, which nnU-Net's planner copies.
+
+    Args:
+        folder: dataset folder.
+        labelled: case IDs.
+        groups: case to patient; cases of one patient stay on one side. Without it each case is its own patient.
+    """
+    splits = make_splits(sorted(labelled), groups)
+    (folder / "splits_final.json").write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")

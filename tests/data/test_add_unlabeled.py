@@ -1,0 +1,168 @@
+"""Images of any format into imagesUn, with the checks."""
+
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from dicom_series import make_ct, write_series
+
+from nnunetv2_semisup.data.add_unlabeled import add_unlabeled
+from nnunetv2_semisup.data.folders import find_unlabeled_cases
+from nnunetv2_semisup.errors import InputError
+
+
+def write(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.fixture
+def dataset(nnunet_raw):
+    """Two labelled cases and a test case, one channel."""
+    folder = nnunet_raw / "Dataset005_CT"
+    for number, case in enumerate(["imagesTr/a", "imagesTr/b", "imagesTs/t"]):
+        write(folder / f"{case}_0000.nii.gz", make_ct(number))
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": 2}))
+    return folder
+
+
+def added(dataset) -> list[str]:
+    folder = dataset / "imagesUn"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_every_format_arrives(dataset, tmp_path):
+    new = tmp_path / "new"
+    for number, ending in enumerate([".nii.gz", ".nii", ".nrrd", ".mha", ".mhd"]):
+        write(new / "deep" / f"scan {number}{ending}", make_ct(10 + number))
+    write_series(new / "deep" / "P 7" / "series", make_ct(17), "P7")
+    (new / "notes.txt").write_text("x")
+    report = add_unlabeled("5", new, processes=1)
+    names = ["deep_P_7_series_0000.nii.gz", *(f"scan_{i}_0000.nii.gz" for i in range(5))]
+    assert added(dataset) == names and "6 cases brought in" in report and "WARNING" not in report
+    for number, name in zip((17, 10, 11, 12, 13, 14), names, strict=True):
+        image, expected = sitk.ReadImage(str(dataset / "imagesUn" / name)), make_ct(number)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(expected))
+        np.testing.assert_allclose(image.GetDirection(), expected.GetDirection(), atol=1e-5)
+        np.testing.assert_allclose(image.GetSpacing(), expected.GetSpacing(), atol=1e-5)
+        np.testing.assert_allclose(image.GetOrigin(), expected.GetOrigin(), atol=1e-4)
+    find_unlabeled_cases(dataset, json.loads((dataset / "dataset.json").read_text()))
+    record = json.loads((dataset / "added_unlabeled.json").read_text())
+    assert record["scan_1"]["source"] == [str(new / "deep" / "scan 1.nii")]
+    assert {path.name for path in dataset.iterdir()} == {
+        "imagesTr", "imagesTs", "imagesUn", "dataset.json", "added_unlabeled.json"
+    }  # fmt: skip
+
+    write(new / "later.nrrd", make_ct(30))
+    report = add_unlabeled("5", new)  # again: only what is new
+    assert "1 cases brought in" in report and "scan_3 = scan_3" in report and len(added(dataset)) == 7
+
+
+def test_doubles_and_test_images(dataset, tmp_path):
+    write(tmp_path / "new" / "x.nrrd", make_ct(0))  # = a of imagesTr
+    write(tmp_path / "new" / "y.nrrd", make_ct(2))  # = t of imagesTs
+    write(tmp_path / "new" / "z1.nrrd", make_ct(9))
+    write(tmp_path / "new" / "z2.mha", sitk.Cast(make_ct(9), sitk.sitkFloat32))
+    report = add_unlabeled("5", tmp_path / "new")
+    assert added(dataset) == ["y_0000.nii.gz", "z1_0000.nii.gz"]
+    assert "left out, there already with the same content: x = a, z2 = z1" in report
+    assert "WARNING: 1 of them are test images of imagesTs (y = t)" in report and "transductive" in report
+
+
+def test_dry_run_changes_nothing(dataset, tmp_path):
+    write(tmp_path / "new" / "x.nrrd", make_ct(20))
+    assert "1 cases would be brought in (dry run)" in add_unlabeled("5", tmp_path / "new", dry_run=True)
+    assert sorted(path.name for path in dataset.iterdir()) == ["dataset.json", "imagesTr", "imagesTs"]
+
+
+def test_spacing_far_from_the_labelled_ones(dataset, tmp_path):
+    write(tmp_path / "new" / "near.nrrd", make_ct(20, spacing=(0.5, 0.9, 2.5)))
+    write(tmp_path / "new" / "far.nrrd", make_ct(21, spacing=(0.7, 0.8, 3.5)))
+    assert "WARNING: spacing below half or above twice that of the labelled images: far\n" in (
+        add_unlabeled("5", tmp_path / "new") + "\n"
+    )
+
+
+def test_orientation(dataset, tmp_path):
+    turned = sitk.DICOMOrient(make_ct(20), "RAS")
+    write(tmp_path / "new" / "x.nii.gz", turned)
+    with pytest.raises(InputError, match=r"x \(RAS\): the axes point elsewhere than in the labelled images \(LPS\)"):
+        add_unlabeled("5", tmp_path / "new")
+    assert added(dataset) == []
+    add_unlabeled("5", tmp_path / "new", reorient=True)
+    image = sitk.ReadImage(str(dataset / "imagesUn" / "x_0000.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(make_ct(20)))
+
+
+def test_several_channels(dataset, tmp_path):
+    content = json.loads((dataset / "dataset.json").read_text())
+    (dataset / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "T1", "1": "T2"}}))
+    for case in ("a", "b"):
+        write(dataset / "imagesTr" / f"{case}_0001.nii.gz", make_ct(40))
+    new = tmp_path / "new"
+    write(new / "x_0000.nrrd", make_ct(20))
+    with pytest.raises(InputError, match="case x has channel 0000, expected 2 channels"):
+        add_unlabeled("5", new)
+    write(new / "x_0001.nrrd", make_ct(21, size=(7, 6, 4)))
+    with pytest.raises(InputError, match="x_0001.nrrd: shape or geometry differ from"):
+        add_unlabeled("5", new)
+    write(new / "x_0001.nrrd", make_ct(21))
+    write(new / "y.nrrd", make_ct(22))
+    with pytest.raises(InputError, match="y.nrrd: the dataset has 2 channels"):
+        add_unlabeled("5", new)
+    (new / "y.nrrd").unlink()
+    add_unlabeled("5", new)
+    assert added(dataset) == ["x_0000.nii.gz", "x_0001.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda new: None, "holds no images"),
+        (lambda new: (new / "x.zip").write_bytes(b""), "x.zip is an archive: unpack it"),
+        (lambda new: (new / "x.nrrd").write_bytes(b"NRRD0004"), "x.nrrd: damaged or incomplete"),
+        (lambda new: write(new / "a.nrrd", make_ct(20)), "imagesTr has another image named a"),
+        (lambda new: write(new / "t_0000.nrrd", make_ct(20)), "imagesTs has another image named t"),
+        (lambda new: [write(new / name, make_ct(20)) for name in ("p/x.nrrd", "q/x.mha")], "would be named x"),
+        (lambda new: write(new / "x_seg.nrrd", make_ct(20)), "x_seg.nrrd: nnU-Net keeps names"),
+        (lambda new: write(new / "x.mha", sitk.JoinSeries([make_ct(20)] * 2)), "x.mha: several values per voxel"),
+        (lambda new: write(new / "x.mha", sitk.Compose([make_ct(20)] * 2)), "x.mha: several values per voxel"),
+        (lambda new: write(new / "x.mha", sitk.Cast(make_ct(20), sitk.sitkFloat32) / 0), "x.mha: .* not finite"),
+        (
+            lambda new: (new / "x.nrrd").symlink_to(new.parent / "nnUNet_raw/Dataset005_CT/dataset.json"),
+            "link that leaves",
+        ),
+        (lambda new: write_series(new / "s", make_ct(20), "P", skip=(1,)), "not evenly spaced"),
+    ],
+)
+def test_wrong_input(make, match, dataset, tmp_path):
+    (tmp_path / "new").mkdir()
+    make(tmp_path / "new")
+    with pytest.raises(InputError, match=match) as caught:
+        add_unlabeled("5", tmp_path / "new")
+    assert "\n" not in str(caught.value) and added(dataset) == []
+
+
+def test_a_failing_case_leaves_no_half_case(dataset, tmp_path, monkeypatch):
+    from nnunetv2_semisup.data import images
+
+    for name in ("x", "y"):
+        write(tmp_path / "new" / f"{name}.nrrd", make_ct(ord(name)))
+    write_image = images.write_image
+
+    def full(image, path):
+        if path.name.startswith("y"):
+            path.write_bytes(b"half")
+            raise InputError(f"{path} could not be written; is the disk full?")
+        write_image(image, path)
+
+    monkeypatch.setattr(images, "write_image", full)
+    with pytest.raises(InputError, match="disk full"):
+        add_unlabeled("5", tmp_path / "new")
+    assert added(dataset) == ["x_0000.nii.gz"]
+    assert not [path for path in dataset.iterdir() if path.name.startswith(".")]
+    monkeypatch.setattr(images, "write_image", write_image)
+    assert "1 cases brought in" in add_unlabeled("5", tmp_path / "new")
+    assert added(dataset) == ["x_0000.nii.gz", "y_0000.nii.gz"]

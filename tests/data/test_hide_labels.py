@@ -1,0 +1,174 @@
+"""A semi-supervised dataset out of a labelled one: what stays, what is hidden, and how it was chosen."""
+
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunetv2_semisup.data import hide_labels as module
+from nnunetv2_semisup.data.folders import find_unlabeled_cases
+from nnunetv2_semisup.data.hide_labels import choose_stratified, hide_labels
+from nnunetv2_semisup.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:One patient only")
+CASES = [f"p{patient}_{visit}" for patient in range(6) for visit in "ab"]
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+
+
+@pytest.fixture
+def source(nnunet_raw):
+    """Six patients with two cases of two channels each; the foreground grows with the patient's number."""
+    folder = nnunet_raw / "Dataset004_Many"
+    for number, case in enumerate(CASES):
+        label = np.zeros((3, 4, 5), np.uint8)
+        label.flat[: number // 2 + 1] = 1
+        label.flat[50:] = 2  # to be ignored
+        for channel in (0, 1):
+            write(folder / "imagesTr" / f"{case}_{channel:04d}.nrrd", np.full((3, 4, 5), number, np.float32))
+        write(folder / "labelsTr" / f"{case}.nrrd", label)
+    write(folder / "imagesTs" / "t_0000.nrrd", np.zeros((3, 4, 5), np.float32))
+    write(folder / "imagesTs" / "t_0001.nrrd", np.zeros((3, 4, 5), np.float32))
+    content = {
+        "channel_names": {"0": "T1", "1": "T2"},
+        "labels": {"background": 0, "x": 1, "ignore": 2},
+        "numTraining": 12,
+        "file_ending": ".nrrd",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def cases_in(folder) -> set[str]:
+    return {path.name.removesuffix(".nrrd").removesuffix("_0000").removesuffix("_0001") for path in folder.iterdir()}
+
+
+def test_cases_are_divided_and_linked(source):
+    hide_labels("4", 504, "5", name="Few")
+    target = source.with_name("Dataset504_Few")
+    kept, hidden = cases_in(target / "imagesTr"), cases_in(target / "imagesUn")
+    assert len(kept) == 5 and kept | hidden == set(CASES) and not kept & hidden
+    assert cases_in(target / "labelsTr") == kept
+    for file in target.glob("*/*.nrrd"):
+        original = next(source.glob(f"*/{file.name}"))
+        assert os.path.samefile(file, original)
+    dataset_json = json.loads((target / "dataset.json").read_text())
+    assert dataset_json["numTraining"] == 5
+    assert sorted(find_unlabeled_cases(target, dataset_json)) == sorted(hidden)
+    record = json.loads((target / "hidden_labels.json").read_text())
+    assert (set(record["labelled"]), set(record["hidden"])) == (kept, hidden)
+    assert record["source"] == "Dataset004_Many" and "seed 0" in record["choice"]
+    assert (target / "imagesTs" / "t_0001.nrrd").exists()
+    assert len(list(source.rglob("*.nrrd"))) == 38  # the source is as it was
+
+
+def test_seed_decides(source):
+    for number, seed in ((501, 1), (502, 1), (503, 2)):
+        hide_labels("Dataset004_Many", number, "4", seed=seed)
+    kept = [cases_in(source.with_name(f"Dataset{number}_Many") / "imagesTr") for number in (501, 502, 503)]
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_patients_stay_together(source):
+    hide_labels("4", 504, "2", patient_pattern=r"^p(\d)")
+    target = source.with_name("Dataset504_Many")
+    kept = cases_in(target / "imagesTr")
+    assert len(kept) == 4 and len({case[:2] for case in kept}) == 2
+    folds = json.loads((target / "splits_final.json").read_text())
+    assert len(folds) == 2 and all(len({case[:2] for case in fold["val"]}) == 1 for fold in folds)
+
+
+def test_stratified_takes_one_of_each_size(source):
+    hide_labels("4", 504, "3", patient_pattern=r"p\d", stratified=True)
+    target = source.with_name("Dataset504_Many")
+    kept = sorted({int(case[1]) for case in cases_in(target / "imagesTr")})
+    assert [number // 2 for number in kept] == [0, 1, 2]
+    sizes = json.loads((target / "hidden_labels.json").read_text())["foreground_voxels_per_case"]
+    assert sizes == {f"p{number}": number + 1 for number in range(6)}
+
+
+@given(st.dictionaries(st.text("abcdef", min_size=1), st.integers(0, 9), min_size=1, max_size=30), st.data())
+def test_stratified_choice(sizes, data):
+    number = data.draw(st.integers(1, len(sizes)))
+    chosen = choose_stratified(sizes, number, seed=data.draw(st.integers(0, 5)))
+    assert len(set(chosen)) == number and set(chosen) <= set(sizes)
+    rank = {name: i for i, name in enumerate(sorted(sizes, key=lambda name: (sizes[name], name)))}
+    longest = -(-len(sizes) // number)
+    positions = sorted(rank[name] for name in chosen)
+    assert all(later - earlier < 2 * longest for earlier, later in itertools.pairwise(positions))
+
+
+def test_list_of_cases_or_patients(source, tmp_path):
+    (tmp_path / "list.txt").write_text("# mine\np1_a\np1_b\np4\n")
+    hide_labels("4", 504, str(tmp_path / "list.txt"), patient_pattern=r"p\d")
+    assert cases_in(source.with_name("Dataset504_Many") / "imagesTr") == {"p1_a", "p1_b", "p4_a", "p4_b"}
+
+
+def test_files_are_copied_where_links_are_impossible(source, monkeypatch):
+    def refused(*arguments, **options):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr("pathlib.Path.symlink_to", refused)
+    hide_labels("4", 504, "1")
+    image = next(source.with_name("Dataset504_Many").glob("imagesTr/*_0000.nrrd"))
+    assert not image.is_symlink() and image.read_bytes() == (source / "imagesTr" / image.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "match"),
+    [
+        (("5", 504, "2"), {}, "-d 5: no dataset"),
+        (("4", 4, "2"), {}, "4 is taken"),
+        (("4", 504, "0"), {}, "must be 1 to 12"),
+        (("4", 504, "7"), {"patient_pattern": r"p\d"}, "must be 1 to 6"),
+        (("4", 504, "2"), {"patient_pattern": "("}, "no regular expression"),
+        (("4", 504, "2"), {"patient_pattern": "q"}, "not found in p0_a"),
+        (("4", 504, "absent.txt"), {}, "neither a number nor a list"),
+        (("4", 504, "2"), {"name": "a/b"}, "--name"),
+    ],
+)
+def test_wrong_input(arguments, options, match, source):
+    with pytest.raises(InputError, match=match):
+        hide_labels(*arguments, **options)
+    assert [path.name for path in source.parent.iterdir()] == ["Dataset004_Many"]
+
+
+@pytest.mark.parametrize(("text", "match"), [("p1_a\n", "p1_b must be listed too"), ("x\n", "no such"), ("", "empty")])
+def test_wrong_list(text, match, source, tmp_path):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(InputError, match=match):
+        hide_labels("4", 504, str(tmp_path / "list.txt"), patient_pattern=r"p\d")
+
+
+def test_damaged_source(source):
+    (source / "labelsTr" / "p0_a.nrrd").write_bytes(b"NRRD")
+    with pytest.raises(InputError, match="p0_a.nrrd: the label cannot be read"):
+        hide_labels("4", 504, "2", stratified=True)
+    (source / "labelsTr" / "p0_a.nrrd").unlink()
+    with pytest.raises(InputError, match="p0_a.nrrd does not exist"):
+        hide_labels("4", 504, "12")
+    assert [path.name for path in source.parent.iterdir()] == ["Dataset004_Many"]
+
+
+def test_dataset_json_may_name_the_files(source):
+    """nnU-Net's other way: "dataset" in dataset.json, with files of any name anywhere."""
+    content = json.loads((source / "dataset.json").read_text())
+    content["dataset"] = {
+        f"case{i}": {"images": [f"imagesTr/p{i}_a_000{c}.nrrd" for c in (0, 1)], "label": f"labelsTr/p{i}_a.nrrd"}
+        for i in range(3)
+    }
+    (source / "dataset.json").write_text(json.dumps(content))
+    hide_labels("4", 504, "1")
+    target = source.with_name("Dataset504_Many")
+    assert cases_in(target / "imagesTr") | cases_in(target / "imagesUn") == {"case0", "case1", "case2"}
+    assert "dataset" not in json.loads((target / "dataset.json").read_text())
+    assert set(module.labelled_cases(target, {"file_ending": ".nrrd"})) == cases_in(target / "imagesTr")

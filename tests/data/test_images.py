@@ -1,0 +1,168 @@
+"""Reading, orientation, DICOM series, previews."""
+
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from dicom_series import make_ct, rotation, write_series
+
+from nnunetv2_semisup.data import checks, images
+from nnunetv2_semisup.data.checks import Facts
+from nnunetv2_semisup.data.preview import save_preview
+from nnunetv2_semisup.errors import InputError
+
+PATH = Path("label0001.nii.gz")
+
+
+def store_differently(image: sitk.Image, order: tuple[int, ...], flipped: tuple[bool, ...]) -> sitk.Image:
+    """The same voxels at the same places in space, stored with permuted and flipped axes; in numpy, index by index."""
+    array = sitk.GetArrayFromImage(image).T.transpose(order)
+    direction = np.array(image.GetDirection()).reshape(3, 3)[:, order]
+    first = np.zeros(3, int)
+    for axis, flip in enumerate(flipped):
+        if flip:
+            array = np.flip(array, axis)
+            direction[:, axis] *= -1
+            first[order[axis]] = image.GetSize()[order[axis]] - 1
+    stored = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    stored.SetSpacing([image.GetSpacing()[axis] for axis in order])
+    stored.SetDirection(direction.ravel())
+    stored.SetOrigin(image.TransformIndexToPhysicalPoint([int(i) for i in first]))
+    return stored
+
+
+ALL_WAYS = list(itertools.product(itertools.permutations(range(3)), itertools.product([False, True], repeat=3)))
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.2])
+def test_align_label_undoes_every_permutation_and_flip(angle):
+    image = make_ct(0, angle=angle)
+    for order, flipped in ALL_WAYS:
+        stored = store_differently(image, order, flipped)
+        # The helper itself, against ITK: a voxel is where it was.
+        point = image.TransformIndexToPhysicalPoint((1, 2, 3))
+        assert stored[stored.TransformPhysicalPointToIndex(point)] == image[1, 2, 3]
+        aligned, exact = images.align_label(stored, image, PATH)
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(aligned), sitk.GetArrayFromImage(image))
+        assert exact and images.same_geometry(aligned, image)
+
+
+@pytest.mark.parametrize("flipped", [(False, True, False), (True, False, True)])
+def test_align_label_without_origin_and_obliqueness_uses_the_closest_axes(flipped):
+    """Label files that keep the orientation of the axes only, as some archives have them."""
+    image = make_ct(1)
+    stored = store_differently(image, (0, 1, 2), flipped)
+    stored.SetOrigin((0, 0, 0))
+    stored.SetDirection(np.diag([-1.0 if flip else 1.0 for flip in flipped]).ravel())
+    aligned, exact = images.align_label(stored, image, PATH)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(aligned), sitk.GetArrayFromImage(image))
+    assert not exact and images.same_geometry(aligned, image)
+
+
+def test_align_label_refuses_another_grid():
+    image = make_ct(0)
+    with pytest.raises(InputError, match=r"label0001.nii.gz: the label has 7 x 6 x 4 voxels .* 7 x 6 x 5"):
+        images.align_label(image[:, :, :4], image, PATH)
+    other = sitk.Image(image)
+    other.SetSpacing((0.7, 0.8, 1.0))
+    with pytest.raises(InputError, match=r"its spacing is 0.7 x 0.8 x 1 mm"):
+        images.align_label(other, image, PATH)
+    other = make_ct(0, size=(6, 6, 6), spacing=(1, 1, 1))
+    other.SetDirection((np.array([[2, -1, 2], [2, 2, -1], [-1, 2, 2]]) / 3).ravel())
+    with pytest.raises(InputError, match="axes lie between"):
+        images.align_label(other, make_ct(0, size=(6, 6, 6), spacing=(1, 1, 1), angle=0), PATH)
+
+
+def test_dicom_series_comes_back_whole(tmp_path):
+    ct = make_ct(3)
+    write_series(tmp_path / "a" / "b", ct, "PANCREAS_0001")
+    (found,) = images.find_series(images.walk(tmp_path)).values()
+    read = images.read_series(found)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read), sitk.GetArrayFromImage(ct))
+    np.testing.assert_allclose(read.GetDirection(), rotation(0.2).ravel(), atol=1e-6)
+    np.testing.assert_allclose(read.GetOrigin(), ct.GetOrigin(), atol=1e-6)
+    np.testing.assert_allclose(read.GetSpacing(), ct.GetSpacing(), atol=1e-6)
+    assert images.dicom_tag(found[0], "0010|0020") == "PANCREAS_0001"
+
+
+def test_damaged_dicom_series(tmp_path):
+    write_series(tmp_path / "gap", make_ct(3), "P1", skip=(2,))
+    (found,) = images.find_series(images.walk(tmp_path)).values()
+    with pytest.raises(InputError, match="gap: the 4 DICOM slices are not evenly spaced"):
+        images.read_series(found)
+    with pytest.raises(InputError, match="one slice only"):
+        images.read_series(found[:1])
+    found[1].write_bytes(found[1].read_bytes()[:500])
+    with pytest.raises(InputError, match="damaged or incomplete"):
+        images.read_series(found)
+
+
+def test_content_hash_is_that_of_the_content(tmp_path):
+    ct = make_ct(4, angle=0)
+    for ending in (".nii.gz", ".nrrd", ".mha"):
+        sitk.WriteImage(sitk.Cast(ct, sitk.sitkFloat32), str(tmp_path / f"x{ending}"))
+        assert images.content_hash([images.read_image(tmp_path / f"x{ending}")]) == images.content_hash([ct])
+    assert images.content_hash([store_differently(ct, (2, 0, 1), (True, False, False))]) == images.content_hash([ct])
+    assert images.content_hash([ct + 1]) != images.content_hash([ct])
+    assert images.content_hash([ct[:, ::-1, :]]) == images.content_hash([ct])  # ITK moves the geometry along
+
+
+def test_cut_off_nifti_is_noticed(tmp_path):
+    sitk.WriteImage(make_ct(0), str(tmp_path / "x.nii"))
+    (tmp_path / "x.nii").write_bytes((tmp_path / "x.nii").read_bytes()[:-10])
+    with pytest.raises(InputError, match="x.nii: damaged or incomplete .*cut off"):
+        images.read_image(tmp_path / "x.nii")
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar.gz", "x.7z"])
+def test_archives_are_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match="unpack it"):
+        images.check_source(tmp_path / name)
+
+
+def test_report():
+    facts = [
+        Facts("a", "labelled", (10, 20, 30), (1.0, 1.0, 2.0), {0: 5000, 1: 1000}, "odd"),
+        Facts("b", "test", (10, 25, 30), (1.0, 1.0, 2.5), {0: 6000}),
+        Facts("c", "unlabelled", (10, 20, 30), (1.0, 1.0, 2.0), {}),
+    ]
+    text = checks.table_text(checks.facts_rows(facts, {"background": 0, "organ": 1}, "from headers"))
+    for row in (
+        r"cases +3", r"labelled +1 in imagesTr", r"unlabelled +1 in imagesUn", r"test +1 in imagesTs",
+        r"spacing +1 x 1 x 2-2.5 mm \(x, y, z\), from headers", r"shape +10 x 20-25 x 30 voxels",
+        r"organ +1 ml on average \(0-2\) in 2 cases, absent in 1", r"note +odd: 1 cases \(a\)",
+    ):  # fmt: skip
+        assert re.search(row, text), row
+    assert "background" not in text and "validation" not in text
+
+
+def test_preview_shows_where_the_label_is(tmp_path):
+    """A bright cube at the front, left and top: its outline must be there in each plane, also for other axes."""
+    ct = sitk.Image(40, 40, 40, sitk.sitkInt16)
+    ct[28:36, 4:12, 26:34] = 1000  # identity direction: x to the left, y to the back, z to the top
+    label = sitk.Cast(ct > 0, sitk.sitkUInt8)
+    save_preview(ct, label, tmp_path / "a.png", "t")
+    turned = [store_differently(image, (2, 0, 1), (True, False, True)) for image in (ct, label)]
+    save_preview(*turned, tmp_path / "b.png", "t")
+    first, second = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name))) for name in ("a.png", "b.png"))
+    np.testing.assert_array_equal(first, second)
+    red = (first[..., 0] > 200) & (first[..., 1] < 120) & (first[..., 2] < 120)
+    width = first.shape[1] // 3
+    centres = [np.argwhere(red[:, i * width : (i + 1) * width]).mean(axis=0) for i in range(3)]
+    middle = first.shape[0] / 2
+    assert centres[0][0] < middle and centres[0][1] > width / 2  # axial: front is up, left is right
+    assert centres[1][0] < middle and centres[1][1] > width / 2  # coronal: top is up, left is right
+    assert centres[2][0] < middle and centres[2][1] < width / 2  # sagittal: top is up, front is left
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.png", "b.png"]
+
+
+def test_preview_of_a_photograph(tmp_path):
+    photo = sitk.GetImageFromArray(
+        np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8), isVector=True
+    )
+    save_preview(photo, None, tmp_path / "a.png", "t")
+    assert (tmp_path / "a.png").stat().st_size > 1000

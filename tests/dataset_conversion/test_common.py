@@ -1,0 +1,116 @@
+"""The engine that all converters use, on a data set of a few voxels."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from conversion_helpers import names, read, refuse
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataset_conversion import common
+from dataset_conversion.common import Case, Options, Recipe
+from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
+from nnunetv2_semisup.data.images import read_image
+from nnunetv2_semisup.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:One patient only")
+ROLES = {"a": LABELLED, "b": LABELLED, "c": UNLABELLED, "d": TEST}
+
+
+def read_case(case: Case, offset: int) -> tuple[sitk.Image, sitk.Image | None, str]:
+    label = read_image(case.label_file) if case.label_file else None
+    return read_image(case.files[0]) + offset, label, ""
+
+
+def make_recipe(source: Path, offset: int = 0) -> Recipe:
+    for number, name in enumerate(ROLES):
+        for file, value in ((f"{name}.nrrd", number), (f"{name}_label.nrrd", 1)):
+            if not (source / file).exists():
+                array = np.zeros((3, 4, 5), np.int16)
+                array[1, 1, 1:3] = value
+                sitk.WriteImage(sitk.GetImageFromArray(array), str(source / file))
+    cases = [
+        Case(name, role, (source / f"{name}.nrrd",), None if role == UNLABELLED else source / f"{name}_label.nrrd")
+        for name, role in ROLES.items()
+    ]
+    return Recipe(cases, partial(read_case, offset=offset), ["MRI"], {"background": 0, "organ": 1}, {"name": "x"})
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    (tmp_path / "source").mkdir()
+    return (tmp_path / "source").resolve()
+
+
+def convert(recipe: Recipe, source: Path, **options) -> str:
+    return common.convert(recipe, source, 7, "X", Options(**options))
+
+
+def test_files_and_previews(nnunet_raw, source):
+    report = convert(make_recipe(source), source, previews=2)
+    target = nnunet_raw / "Dataset007_X"
+    assert {folder: names(target / folder) for folder in ("imagesTr", "imagesUn", "imagesTs", "previews")} == {
+        "imagesTr": {"a", "b"}, "imagesUn": {"c"}, "imagesTs": {"d"}, "previews": {"a", "d"}
+    }  # fmt: skip
+    assert "0.002 ml on average" in report and not list(nnunet_raw.glob(".*"))
+
+
+def test_only_what_is_finished_and_unchanged_is_kept(nnunet_raw, source):
+    recipe = make_recipe(source)
+    (source / "d.nrrd").write_bytes(b"NRRD")
+    refuse(nnunet_raw, r"d.nrrd: damaged.*\(3 cases are finished and kept in", convert, recipe, source)
+    (source / "a.nrrd").unlink()
+    (source / "d.nrrd").unlink()
+    make_recipe(source)
+    sitk.WriteImage(read_image(source / "a.nrrd") + 50, str(source / "a.nrrd"))
+    done = nnunet_raw / ".unfinished_Dataset007_X" / "imagesTr" / "b_0000.nii.gz"
+    before = done.stat().st_mtime_ns
+    convert(recipe, source)
+    target = nnunet_raw / "Dataset007_X"
+    assert (target / "imagesTr" / "b_0000.nii.gz").stat().st_mtime_ns == before
+    assert read(target / "imagesTr" / "a_0000.nii.gz")[0].max() == 50
+
+
+def test_another_way_of_reading_starts_over(nnunet_raw, source):
+    make_recipe(source)
+    (source / "d.nrrd").write_bytes(b"NRRD")
+    refuse(nnunet_raw, "3 cases are finished", convert, make_recipe(source), source)
+    (source / "d.nrrd").unlink()
+    convert(make_recipe(source, offset=9), source)
+    assert read(nnunet_raw / "Dataset007_X" / "imagesTr" / "b_0000.nii.gz")[0].min() == 9
+
+
+def test_nothing_is_left_when_nothing_was_finished(nnunet_raw, source):
+    recipe = make_recipe(source)
+    (source / "a.nrrd").write_bytes(b"NRRD")
+    refuse(nnunet_raw, "copy or download it again$", convert, recipe, source)
+    assert list(nnunet_raw.iterdir()) == []
+
+
+def test_two_conversions_at_once(nnunet_raw, source):
+    folder = nnunet_raw / ".unfinished_Dataset007_X"
+    folder.mkdir()
+    with FileLock(str(folder / ".lock")):
+        refuse(nnunet_raw, "another process is converting", convert, make_recipe(source), source)
+    convert(make_recipe(source), source)
+
+
+@given(st.integers(2, 40), st.data())
+def test_random_division(number, data):
+    cases = [f"case{i}" for i in range(number)]
+    size, seed = data.draw(st.integers(0, number - 1)), data.draw(st.integers(0, 3))
+    train, test = common.choose_test(str(size), cases, seed)
+    assert len(test) == size and sorted(train + test) == sorted(cases)
+    assert (train, test) == common.choose_test(str(size), cases[::-1], seed)
+
+
+def test_labelled_choice():
+    assert common.choose_labelled("all", ["a", "b"]) == ["a", "b"]
+    with pytest.raises(InputError, match="must be 1 to 2"):
+        common.choose_labelled("3", ["a", "b"])
