@@ -33,6 +33,16 @@ def mean_squared_difference(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.mean((student - teacher) ** 2)
 
 
+def decide(probabilities: Tensor, regions: bool) -> Tensor:
+    """The most probable head of each voxel, (B, X, Y, Z) int64; with regions each head above 0.5 or not, bool.
+
+    Args:
+        probabilities: (B, heads, X, Y, Z).
+        regions: True for region-based training.
+    """
+    return probabilities > 0.5 if regions else probabilities.max(1).indices  # argmax takes 10 times as long on a CPU
+
+
 def agreement(student: Tensor, teacher: Tensor, regions: bool) -> Tensor:
     """Share of voxels (with regions: of voxels and heads) where both predictions decide alike.
 
@@ -44,6 +54,37 @@ def agreement(student: Tensor, teacher: Tensor, regions: bool) -> Tensor:
         Scalar in [0, 1], no gradient.
     """
     with torch.no_grad():
-        if regions:
-            return ((student > 0.5) == (teacher > 0.5)).float().mean()
-        return (student.argmax(1) == teacher.argmax(1)).float().mean()
+        return (decide(student, regions) == decide(teacher, regions)).float().mean()
+
+
+def squared_dice(student: Tensor, target: Tensor, smooth: float) -> Tensor:
+    """Mean over heads of 1 - (2 sum p q + s) / (sum p^2 + sum q^2 + s), sums over batch and voxels; 0 for p = q.
+
+    Args:
+        student: p, (B, heads, X, Y, Z) float32 probabilities, carry the gradient.
+        target: q, the same shape, no gradient.
+        smooth: s.
+
+    Returns:
+        Scalar in [0, 1].
+
+    Reference: SS-Net (Wu et al., MICCAI 2022), released code for ACDC.
+    """
+    axes = [0, *range(2, student.ndim)]
+    overlap = (student * target).sum(axes)
+    sizes = student.square().sum(axes) + target.square().sum(axes)
+    return (1 - (2 * overlap + smooth) / (sizes + smooth)).mean()
+
+
+def joint_linear_dice(student: Tensor, target: Tensor, smooth: float) -> Tensor:
+    """1 - (2 sum p q + s) / (sum p + sum q + s), sums over batch, heads and voxels.
+
+    For softmax probabilities this is 1 - mean over voxels of sum_c p_c q_c, which is 0 for p = q only if both are
+    certain: it also acts as an entropy term.
+
+    Args and Returns: as :func:`squared_dice`.
+
+    Reference: SS-Net (Wu et al., MICCAI 2022), released code for LA.
+    """
+    overlap = (student * target).sum()
+    return 1 - (2 * overlap + smooth) / (student.sum() + target.sum() + smooth)

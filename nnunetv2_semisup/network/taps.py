@@ -43,6 +43,11 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
     return output[0] if isinstance(output, list) else output
 
 
+def feature_channels(network: nn.Module) -> int:
+    """F of the last features that :func:`decode` returns."""
+    return network.decoder.seg_layers[-1].in_channels
+
+
 def compile_taps(network: nn.Module) -> None:
     """Let ``encode`` and ``decode`` run compiled for this network and later copies of it; its keys do not change."""
     network.semisup_compiled_taps = True

@@ -1,9 +1,16 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_semisup.losses.consistency import agreement, mean_squared_difference, probabilities
+from nnunetv2_semisup.losses.consistency import (
+    agreement,
+    decide,
+    joint_linear_dice,
+    mean_squared_difference,
+    probabilities,
+    squared_dice,
+)
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.booleans(), st.sampled_from([2, 3]))
@@ -29,3 +36,40 @@ def test_agreement():
     teacher = torch.tensor([[[0.6, 0.7, 0.1], [0.4, 0.3, 0.9]]])
     assert float(agreement(student, teacher, regions=False)) == pytest.approx(2 / 3)
     assert float(agreement(student, teacher, regions=True)) == pytest.approx(4 / 6)
+
+
+def test_decide():
+    p = torch.rand(2, 3, 4, 5)
+    assert torch.equal(decide(p, False), p.argmax(1)) and torch.equal(decide(p, True), p > 0.5)
+
+
+def slow_squared_dice(p, q, smooth):
+    losses = []
+    for c in range(p.shape[1]):
+        pc, qc = p[:, c].double().flatten().tolist(), q[:, c].double().flatten().tolist()
+        overlap = sum(a * b for a, b in zip(pc, qc, strict=True))
+        sizes = sum(a * a for a in pc) + sum(b * b for b in qc)
+        losses.append(1 - (2 * overlap + smooth) / (sizes + smooth))
+    return sum(losses) / len(losses)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 4), st.sampled_from([(3, 4), (3, 4, 2)]), st.booleans(), st.integers(0, 99))
+def test_dice_between_predictions(heads, shape, regions, seed):
+    torch.manual_seed(seed)
+    p, q = (probabilities(2 * torch.randn(2, heads, *shape), regions) for _ in range(2))
+    assert float(squared_dice(p, q, 1e-5)) == pytest.approx(slow_squared_dice(p, q, 1e-5), abs=1e-6)
+    if not regions:  # softmax: 1 - mean over voxels of sum_c p_c q_c
+        assert float(joint_linear_dice(p, q, 1e-8)) == pytest.approx(float(1 - (p * q).sum(1).mean()), abs=1e-6)
+
+
+def test_equal_predictions():
+    """The squared Dice is 0 and flat; the linear one is 1 - mean sum_c p_c^2, 0 only if every voxel is certain."""
+    p = probabilities(torch.randn(2, 3, 5, 5), False).requires_grad_(True)
+    equal = squared_dice(p, p.detach(), 1e-5)
+    equal.backward()
+    assert abs(equal.item()) < 1e-6 and float(p.grad.abs().max()) < 1e-6
+    linear = joint_linear_dice(p, p.detach(), 1e-8).item()
+    assert linear == pytest.approx((1 - p.square().sum(1).mean()).item(), abs=1e-6) and linear > 0.1
+    certain = torch.nn.functional.one_hot(p.argmax(1), 3).movedim(-1, 1).float()
+    assert float(joint_linear_dice(certain, certain, 1e-8)) == pytest.approx(0, abs=1e-6)

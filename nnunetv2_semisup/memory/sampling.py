@@ -1,0 +1,45 @@
+"""Feature vectors of chosen voxels, in arrays of fixed size, so that a GPU need not report any count to the host."""
+
+import torch
+from torch import Tensor
+
+
+def sample_positions(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Positions where ``mask`` is True: all of them if they are at most ``size``, else that many of them.
+
+    Systematic sampling: every n / size-th from a random start, so each has the same chance and none is drawn twice.
+
+    Args:
+        mask: (N,) bool, N below 2^31.
+        size: of the result.
+
+    Returns:
+        (size,) int64 positions, and (size,) bool, False for the places that stay empty (their position means nothing).
+    """
+    ranks = mask.cumsum(0, dtype=torch.int32)  # the r-th True is the first position of rank r, from 1
+    count = ranks[-1].long()
+    slots = torch.arange(size, device=mask.device)
+    start = (torch.rand((), device=mask.device) * count).long()
+    wanted = torch.where(count <= size, slots, (slots * count + start) // size)
+    positions = torch.searchsorted(ranks, wanted.int() + 1)
+    return positions.clamp(max=mask.numel() - 1), slots < count
+
+
+def sample_rows(features: Tensor, members: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Feature vectors of at most ``size`` voxels per class.
+
+    Args:
+        features: (B, F, X, Y, Z) float.
+        members: (K, B * X * Y * Z) bool, the voxels of each class; a voxel may belong to several.
+        size: rows per class, cut to the number of voxels.
+
+    Returns:
+        Rows (K, size, F) float32 that carry the gradient, zero where they are not valid; and valid (K, size) bool. Rows
+        of an overflow in half precision (not finite) are not valid.
+    """
+    size = min(size, members.shape[1])
+    positions, valid = (torch.stack(part) for part in zip(*(sample_positions(m, size) for m in members), strict=True))
+    flat = features.flatten(2)
+    rows = flat[positions // flat.shape[2], :, positions % flat.shape[2]].float()
+    valid = valid & torch.isfinite(rows.detach()).all(-1)
+    return torch.where(valid[..., None], rows, 0.0), valid

@@ -1,0 +1,258 @@
+"""SS-Net: predictions that adversarial noise cannot move, and features that gather around prototypes of their class.
+
+Reference: Wu, Wu, Wu, Ge & Cai, "Exploring Smoothness and Class-Separation for Semi-supervised Medical Image
+Segmentation", MICCAI 2022, doi 10.1007/978-3-031-16443-9_4, arXiv 2203.01324; released code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_semisup.losses.consistency import agreement, decide, joint_linear_dice, probabilities, squared_dice
+from nnunetv2_semisup.losses.separation import cosine_distance_to_prototypes
+from nnunetv2_semisup.memory.prototypes import PrototypeMemory
+from nnunetv2_semisup.memory.sampling import sample_rows
+from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.network.freeze import frozen_parameters, frozen_statistics
+from nnunetv2_semisup.network.heads import MLPHead
+from nnunetv2_semisup.perturbations.adversarial import adversarial_directions, draw_directions
+from nnunetv2_semisup.schedules import sigmoid_ramp_up
+from nnunetv2_semisup.settings import SemiSupSettings, setting
+from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
+from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
+
+WIDTH = 32  # of the projected features and the heads; paper and code
+PROTOTYPES = 32  # per class; paper and code
+
+
+@dataclass(frozen=True)
+class SSNetSettings(SemiSupSettings):
+    """Where paper and code differ: the paper's intent where the code contradicts its own comments, else the code.
+
+    Released code for LA: lds_dice joint_linear, lds_smooth 1e-8, proto_select lowest, seg_ce_weight 0. For ACDC:
+    lambda_max 0.1, ramp_fraction 1, lds_smooth 1e-10, vat_eps 6, vat_xi 10, proto_select lowest, seg_ce_weight 0.
+    """
+
+    lambda_max: float = setting(1.0, "LA code; ACDC code: 0.1. Weight of the smoothness term after the ramp")
+    cs_ratio: float = setting(0.1, "code: weight of the separation term as a share of lambda", "share")
+    ramp_fraction: float = setting(0.4, "LA code: 6,000 of 15,000 iterations; ACDC code: 1", "share of training")
+    lds_dice: Literal["per_class_squared", "joint_linear"] = setting("per_class_squared", "paper, ACDC code; LA code")
+    lds_smooth: float = setting(1e-5, "ours: 1e-10 (ACDC code) makes the Dice of an absent class pure noise")
+    vat_eps_rms: float = setting(0.01, "LA code: length 10 for 112 x 112 x 80 voxels", "normalised intensity")
+    vat_xi_rms: float = setting(0.01, "likewise, of the trial noise that the gradient is taken at")
+    vat_eps: float | None = setting(None, "code: 10 (LA), 6 (ACDC) whatever the patch; beats vat_eps_rms", "L2 norm")
+    vat_xi: float | None = setting(None, "code: 10; beats vat_xi_rms", "L2 norm")
+    proto_select: Literal["highest", "lowest"] = setting("highest", "paper; the code sorts the wrong way round")
+    proto_attention: Literal["none", "normalised"] = setting("none", "code, by a wrong axis; normalised: the paper")
+    proto_include_background: bool = setting(False, "code; the paper does not exclude it. No effect with regions")
+    cs_max_rows: int = setting(8192, "ours: features per class, stream and step; code: all", "voxels")
+    seg_ce_weight: float = setting(1.0, "nnU-Net; paper and code: 0, Dice alone")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("lambda_max", "cs_ratio", "seg_ce_weight"):
+            self.require(getattr(self, key) >= 0, key, "0 or more")
+        self.require(0 <= self.ramp_fraction <= 1, "ramp_fraction", "in [0, 1]")
+        for key in ("lds_smooth", "vat_eps_rms", "vat_xi_rms"):
+            self.require(getattr(self, key) > 0, key, "above 0")
+        for key in ("vat_eps", "vat_xi"):
+            self.require(getattr(self, key) is None or getattr(self, key) > 0, key, "above 0 or null")
+        self.require(self.cs_max_rows >= 2, "cs_max_rows", "at least 2")
+
+
+class SSNet(SemiSupMethod):
+    """Four groups per step, the labelled one last. ``lambda`` is the ramped ``lambda_max``.
+
+    ===================== ============ ==========================================================================
+    term                  weight       what
+    ===================== ============ ==========================================================================
+    separation_unlabelled 0.1 lambda   features of foreground voxels (arg max) to the prototypes of their class
+    smoothness_unlabelled lambda share Dice of the prediction under adversarial noise against the clean one
+    smoothness_labelled   lambda share the same for the labelled patches, without their labels
+    separation_labelled   0.1 lambda   as above, the class is the label
+    supervised            1            nnU-Net's own loss
+    ===================== ============ ==========================================================================
+
+    ``share`` is the stream's share of the patches. The prototypes are the projected features of at most 32 correctly
+    predicted labelled foreground voxels per class, renewed at every step before any other term is computed. Therefore
+    the labelled pass comes first and is back-propagated last; its graph waits, so peak memory is twice a stock step's
+    activations. Cost: a clean pass (3 units per patch), the search of the noise (2, no weight gradients) and a pass
+    under noise (3), on twice the patches: 16/3 = 5.3 stock steps.
+
+    Readings and deviations:
+
+    - The clean target is the prediction of the pass that trains (the code makes another pass): the same for networks
+      without dropout and batch norm, nnU-Net's default. Batch norm's running statistics ignore the noisy passes.
+    - The two streams are separate passes, so ``per_class_squared`` sums over one of them, not over both; its two terms
+      are averaged. ``joint_linear`` is additive over voxels, hence exactly the published one.
+    - Only rows that can contribute enter the heads (classes with two prototypes and two voxels at least; in the code
+      all voxels do, background included, and shape the batch statistics), and at most ``cs_max_rows`` of them, drawn
+      evenly, also as candidates for prototypes.
+    - Regions: a class is a region, its voxels those above 0.5; nothing is background. Voxels without a label (ignore
+      label) are neither prototypes nor labelled features; the smoothness term uses them.
+    - Several processes: each has its own prototypes and batch statistics of the heads, from its own patches; those of
+      rank 0 are saved. Prototypes live for one step, so sharing them would buy more samples only.
+    - The ramp rises at every step (published: every 150).
+    """
+
+    settings_class = SSNetSettings
+    unsupervised_weights = ("lambda_max",)
+
+    def __init__(self, network: nn.Module, task: TaskInfo, settings: SSNetSettings):
+        super().__init__(network, task, settings)
+        with_class_0 = task.has_regions or settings.proto_include_background
+        self.classes = range(0 if with_class_0 else 1, task.num_heads)
+        self.projection = MLPHead(taps.feature_channels(network), WIDTH, WIDTH)
+        self.prediction = MLPHead(WIDTH, WIDTH, WIDTH)
+        self.selectors = self._selectors()
+        self.prototype_selectors = self._selectors() if settings.proto_attention == "normalised" else None
+        self.memory = PrototypeMemory(len(self.classes), PROTOTYPES, WIDTH)
+        dice = squared_dice if settings.lds_dice == "per_class_squared" else joint_linear_dice
+        self._dice = partial(dice, smooth=settings.lds_smooth)
+        self._diagnostics: dict[str, Tensor] = {}
+
+    def _selectors(self) -> nn.ModuleList:
+        """One per class: a feature vector to how much it should count, before the sigmoid."""
+        return nn.ModuleList(MLPHead(WIDTH, WIDTH, 1, negative_slope=0.2) for _ in self.classes)
+
+    def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
+        s = self.settings
+        if not s.lambda_max:
+            yield self.supervised(network, labelled)
+            return
+        weight = s.lambda_max * sigmoid_ramp_up(progress, s.ramp_fraction)
+        share = labelled["data"].shape[0] / (labelled["data"].shape[0] + unlabelled["data"].shape[0])
+        # Each call returns before its group is yielded, so that no feature map outlives its group.
+        output, target, labelled_group = self._labelled_pass(network, labelled, weight * s.cs_ratio)
+        separation, unlabelled_target = self._unlabelled_pass(network, unlabelled["data"], weight * s.cs_ratio)
+        if separation:
+            yield separation
+        value = self._smoothness(network, unlabelled["data"], unlabelled_target, "unlabelled")
+        yield {"smoothness_unlabelled": (weight * (1 - share), value)}
+        value = self._smoothness(network, labelled["data"], target, "labelled")
+        yield {"smoothness_labelled": (weight * share, value)}
+        yield {**labelled_group, "supervised": (1.0, self.task.supervised_loss(output, labelled["target"]))}
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        return self._diagnostics
+
+    # ------------------------------------------------------------------------------------------------- the two streams
+
+    def _labelled_pass(self, network: nn.Module, labelled: dict, weight: float):
+        """Network output, clean probabilities without gradient, the separation term; renews the prototypes."""
+        output, features = taps.decode(network, taps.encode(network, labelled["data"]))
+        clean = self._clean(output)
+        if not weight:
+            return output, clean, {}
+        truth = self._labelled_voxels(labelled["target"])
+        self._renew_prototypes(features, truth & self._predicted_voxels(clean))
+        return output, clean, {"separation_labelled": (weight, self._separation(features, truth))}
+
+    def _unlabelled_pass(self, network: nn.Module, images: Tensor, weight: float) -> tuple[Group, Tensor]:
+        """The separation term and the clean probabilities without gradient."""
+        with torch.set_grad_enabled(weight > 0):
+            output, features = taps.decode(network, taps.encode(network, images))
+        clean = self._clean(output)
+        if not weight:
+            return {}, clean
+        value = self._separation(features, self._predicted_voxels(clean))
+        return {"separation_unlabelled": (weight, value)}, clean
+
+    def _clean(self, output: Tensor | list[Tensor]) -> Tensor:
+        return probabilities((output[0] if isinstance(output, list) else output).detach(), self.task.has_regions)
+
+    def _predicted_voxels(self, clean: Tensor) -> Tensor:
+        """(K, B * voxels) bool: the voxels that probabilities (B, heads, X, Y, Z) give to each class."""
+        decided = decide(clean, self.task.has_regions)
+        return decided.movedim(1, 0).flatten(1) if self.task.has_regions else self._voxels_of_classes(decided)
+
+    def _labelled_voxels(self, target: Tensor | list[Tensor]) -> Tensor:
+        """(K, B * voxels) bool: the voxels that the full-resolution target gives to each class."""
+        target = target[0] if isinstance(target, list) else target
+        if not self.task.has_regions:
+            return self._voxels_of_classes(target[:, 0])
+        regions = target.bool()
+        if self.task.ignore_label is not None:  # nnU-Net's last channel
+            regions = regions[:, :-1] & ~regions[:, -1:]
+        return regions.movedim(1, 0).flatten(1)
+
+    def _voxels_of_classes(self, labels: Tensor) -> Tensor:
+        return torch.stack([(labels == c).flatten() for c in self.classes])
+
+    # ------------------------------------------------------------------------------------------------------ separation
+
+    @torch.no_grad()
+    def _renew_prototypes(self, features: Tensor, candidates: Tensor) -> None:
+        """Replace the prototypes of every class that has candidates (K, B * voxels) bool."""
+        with torch.autocast(features.device.type, enabled=False):
+            rows, valid = sample_rows(features, candidates, self.settings.cs_max_rows)
+            projected = self.projection(rows.flatten(0, 1)).unflatten(0, valid.shape)  # with running statistics
+            scores = self._scores(self.selectors, projected, valid)
+        self.memory.update(projected, valid, scores if self.settings.proto_select == "highest" else -scores)
+        self._diagnostics["share_of_prototypes_filled"] = self.memory.filled().float().mean()
+
+    def _separation(self, features: Tensor, voxels: Tensor) -> Tensor:
+        """Mean over the classes, background counted, of the distance of their voxels (K, B * voxels) to prototypes."""
+        with torch.autocast(features.device.type, enabled=False):
+            rows, valid = sample_rows(features, voxels, self.settings.cs_max_rows)
+            contributes = (valid.sum(1) >= 2) & (self.memory.count >= 2)
+            valid = valid & contributes[:, None]
+            projected = self.projection(rows.flatten(0, 1), valid.flatten())
+            queries = self.prediction(projected, valid.flatten()).unflatten(0, valid.shape)
+            weights = torch.sigmoid(self._scores(self.selectors, queries.detach(), valid)) * valid
+            prototypes, filled = self.memory.rows, self.memory.filled()
+            prototype_weights = filled.float()
+            if self.prototype_selectors is not None:
+                unit = nn.functional.normalize(prototypes, dim=2)
+                scores = self._scores(self.prototype_selectors, unit, filled)
+                prototype_weights = torch.sigmoid(scores) * filled
+            distances = cosine_distance_to_prototypes(queries, weights, prototypes, prototype_weights)
+            return distances.sum() / self.task.num_heads
+
+    def _scores(self, selectors: nn.ModuleList, rows: Tensor, valid: Tensor) -> Tensor:
+        """(K, S): each class's selector on its rows (K, S, F), normalised over the valid ones (K, S)."""
+        return torch.stack([selector(r, v)[:, 0] for selector, r, v in zip(selectors, rows, valid, strict=True)])
+
+    # ------------------------------------------------------------------------------------------------------ smoothness
+
+    def _smoothness(self, network: nn.Module, images: Tensor, target: Tensor, stream: str) -> Tensor:
+        """Discrepancy to ``target``, the clean probabilities, under the noise that makes it largest."""
+        noise, found = self._adversarial_noise(network, images, target)
+        noisy = self._under_noise(network, images, noise)
+        self._diagnostics[f"share_direction_found_{stream}"] = found.float().mean()
+        self._diagnostics[f"share_unmoved_{stream}"] = agreement(noisy, target, self.task.has_regions)
+        return self._dice(noisy, target)
+
+    def _adversarial_noise(self, network: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise (B, C, X, Y, Z) of one length per sample, no gradient; and where a direction was found, (B,) bool."""
+        s, scale = self.settings, math.sqrt(images[0].numel())
+        epsilon = s.vat_eps_rms * scale if s.vat_eps is None else s.vat_eps
+        xi = s.vat_xi_rms * scale if s.vat_xi is None else s.vat_xi
+
+        def discrepancy(noise: Tensor) -> Tensor:
+            return self._dice(self._under_noise(network, images, noise), target)
+
+        with frozen_parameters(network):
+            directions, found = adversarial_directions(discrepancy, draw_directions(images), xi)
+        return epsilon * directions, found
+
+    def _under_noise(self, network: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+        """Probabilities of the noisy images."""
+        with frozen_statistics(network):
+            return probabilities(taps.logits(network, images + noise), self.task.has_regions)
+
+
+class nnUNetTrainerSSNet(nnUNetTrainerSemiSup):
+    method_class = SSNet
+
+    def _build_loss(self):
+        loss = super()._build_loss()
+        getattr(loss, "loss", loss).weight_ce = self.settings.seg_ce_weight  # the part that deep supervision wraps
+        return loss
