@@ -40,41 +40,46 @@ def windows(cells: Tensor) -> Tensor:
 class RepresentationHead(nn.Module):
     """An embedding per voxel of the grid of the second highest decoder level, from all decoder levels.
 
-    Each level: 1x1x1 convolution to F channels, linear interpolation to the grid; their sum, ReLU, a linear layer.
+    All levels are interpolated linearly to the grid; then per voxel: linear layer to F channels, ReLU, linear layer.
 
     Args:
         channels: of the decoder levels, highest resolution first.
         step: voxels of the highest level per voxel of the grid, on each axis.
         features: F.
 
-    Deviation from ACTION (You et al., IPMI 2023): that concatenates all levels at full resolution and applies a 3x3x3
-    convolution, which needs gigabytes for nnU-Net's patches.
+    Deviation from ACTION (You et al., IPMI 2023): that works at full resolution and begins with a 3x3x3 convolution,
+    which needs gigabytes for nnU-Net's patches.
     """
 
     def __init__(self, channels: Sequence[int], step: Sequence[int], features: int):
         super().__init__()
         self.step = tuple(step)
-        convolution = nn.Conv3d if len(self.step) == 3 else nn.Conv2d
-        self.levels = nn.ModuleList(convolution(width, features, 1) for width in channels)
+        # Interpolation and a linear layer commute: what has fewer channels is interpolated.
+        self.is_wide = [level > 0 and width > features for level, width in enumerate(channels)]
+        narrow = sum(width for width, wide in zip(channels, self.is_wide, strict=True) if not wide)
+        self.narrow = nn.Linear(narrow, features)
+        self.wide = nn.ModuleList(
+            nn.Linear(width, features, bias=False) for width, wide in zip(channels, self.is_wide, strict=True) if wide
+        )
         self.last = nn.Linear(features, features)
 
     def thin(self, full: Tensor) -> Tensor:
-        """Every ``step``-th voxel of (B, C, X, Y, Z): a map of the highest level on the grid."""
+        """Every ``step``-th voxel of (B, ..., X, Y, Z): from full resolution to the grid."""
         return full[(..., *(slice(None, None, step) for step in self.step))]
 
     def hidden(self, maps: list[Tensor]) -> Tensor:
-        """(B, F, x, y, z) after the ReLU.
+        """(B, x, y, z, F) after the ReLU.
 
         Args:
-            maps: decoder levels, the highest one first and already thinned.
+            maps: decoder levels (B, C, X, Y, Z), the highest one first and already thinned.
         """
-        mode = "trilinear" if maps[0].ndim == 5 else "bilinear"
-        total = self.levels[0](maps[0])
-        for level, features in zip(list(self.levels)[1:], maps[1:], strict=True):
-            projected = level(features)
-            if projected.shape[2:] != total.shape[2:]:
-                projected = F.interpolate(projected, total.shape[2:], mode=mode, align_corners=False)
-            total = total + projected
+        grid = maps[0].shape[2:]
+        narrow = [_resize(m, grid) for m, wide in zip(maps, self.is_wide, strict=True) if not wide]
+        total = self.narrow(torch.cat(narrow, 1).movedim(1, -1))
+        wide = [m for m, wide in zip(maps, self.is_wide, strict=True) if wide]
+        for layer, features in zip(self.wide, wide, strict=True):
+            projected = layer(features.movedim(1, -1)).movedim(-1, 1)
+            total = total + _resize(projected, grid).movedim(1, -1)
         return torch.relu(total)
 
     def class_means(self, hidden: Tensor, members: Tensor) -> Tensor:
@@ -83,13 +88,17 @@ class RepresentationHead(nn.Module):
         The last layer is linear, so it is applied to the means.
         """
         with torch.autocast(hidden.device.type, enabled=False):
-            # (K, B, V), (B, F, V) -> (K, F)
-            flat, masks = hidden.flatten(2).float(), members.unflatten(1, (hidden.shape[0], -1)).float()
-            sums = torch.einsum("kbv,bfv->kf", masks, flat)
+            sums = members.float() @ hidden.flatten(0, -2).float()
             return self.last(sums / members.sum(1, keepdim=True).clamp(min=1))
 
     def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """(*positions.shape, F) float32 embeddings at ``positions`` int64 in [0, B * x * y * z)."""
-        flat = hidden.flatten(2)
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.last(flat[positions // flat.shape[2], :, positions % flat.shape[2]].float())
+            return self.last(hidden.flatten(0, -2)[positions].float())
+
+
+def _resize(maps: Tensor, grid: Sequence[int]) -> Tensor:
+    """Linear interpolation of (B, C, X, Y, Z) to (B, C, *grid)."""
+    if maps.shape[2:] == grid:
+        return maps
+    return F.interpolate(maps, grid, mode="trilinear" if maps.ndim == 5 else "bilinear", align_corners=False)

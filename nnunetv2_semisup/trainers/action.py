@@ -99,7 +99,7 @@ class Voxels(NamedTuple):
     """The voxels of labelled and mixed patches, in this order (B in all), on the grid of the second decoder level.
 
     Attributes:
-        hidden: (B, F, x, y, z) of the representation head, carries the gradient.
+        hidden: (B, x, y, z, F) of the representation head, carries the gradient.
         members: (K, B * x * y * z) bool, voxels of each class; voxels without label or confidence are in none.
         hard: the same shape, those that the student gives to their class with less than hard_threshold.
         labelled: how many of the B patches are labelled.
