@@ -63,3 +63,15 @@ def test_reset_forgets_updates():
 def test_counter_stays_on_the_cpu():
     teacher = Teacher(Network(), 0.99).to(torch.device("meta"))
     assert teacher.n_averaged.device.type == "cpu"
+
+
+def test_without_warm_up_every_update_has_the_full_decay():
+    student = Network()
+    teacher = Teacher(student, 0.99).without_warm_up()
+    before = copy.deepcopy(list(teacher.module.parameters()))
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1.0)
+    teacher.update_parameters(student)
+    for old, new, mine in zip(before, student.parameters(), teacher.module.parameters(), strict=True):
+        torch.testing.assert_close(mine, 0.99 * old + 0.01 * new)
