@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_semisup.distributed import gather_rows
+from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.anatomical import anatomical_contrast, draw_voxels
 from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, confidence_weighted_cross_entropy, mix, pseudo_label
@@ -59,7 +60,7 @@ class ACTIONSettings(SemiSupSettings):
     jitter_probability: float = setting(0.5, "code: brightness and contrast of the strong view", "probability")
     jitter_strength: float = setting(0.25, "nnU-Net's range and the 2D code's of stage three; 3D code: 0.02", "factor")
     blur_probability: float = setting(0.5, "code: blur of the strong view", "probability")
-    mix: Literal["cutmix", "classmix"] = setting("cutmix", "2D scripts; 3D default of the code: classmix")
+    mix: Literal["cutmix", "classmix", "none"] = setting("cutmix", "2D scripts; 3D default of the code: classmix")
     confident: float = setting(0.97, "paper, code: share of such voxels is a patch's weight", "probability")
     weak_threshold: float = setting(0.7, "code: unlabelled voxels of the contrast need it", "probability")
     hard_threshold: float = setting(0.97, "code: queries are voxels whose student is below it", "probability")
@@ -180,6 +181,11 @@ class ACTION(SemiSupMethod):
         return {"pseudo_label": s.w_unsup, "anatomical": s.w_anco} if stage == 3 else distillation
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
+        if len(unlabelled["data"]) < 2 and self.settings.mix != "none":
+            raise InputError(
+                f"mix = {self.settings.mix} needs an unlabeled_batch_size of at least 2 on each GPU, to mix a patch with "
+                f"another; or set mix = none"
+            )
         stage = self.stage(progress)
         if stage == 3 and self._stage < 3:
             self._reset_teacher(network)
@@ -322,6 +328,8 @@ class ACTION(SemiSupMethod):
 
     def _mixed(self, images: Tensor, label: PseudoLabel) -> tuple[Tensor, PseudoLabel]:
         """Parts of each patch and of its pseudo-label replaced by those of the next patch; a single one stays."""
+        if self.settings.mix == "none":
+            return images, label
         if self.settings.mix == "cutmix":
             replaced = draw_half_plane_boxes(images)
         else:
