@@ -137,18 +137,19 @@ def adaptive_anatomical_contrast(
     Reference: ACTION++ (You et al., MICCAI 2023), after TSC (Li et al., CVPR 2022), whose 1 / n_i the paper omits.
     """
     with torch.autocast(student.device.type, enabled=False):
-        student = F.normalize(student.float(), dim=1)
+        student = F.normalize(student.float(), dim=1) / temperature
         teacher, queue, centres = (F.normalize(x.detach().float(), dim=1) for x in (teacher, queue, centres))
-        own = (student * teacher).sum(1, keepdim=True)
-        logits = torch.cat((own, student @ queue.T, student @ centres.T), 1) / temperature
-        total = torch.logsumexp(logits, 1)
+        own = (student * teacher).sum(1)
+        # Piece by piece: the (n, M) products are the largest array of the step and exist once.
+        total = torch.logaddexp(own, torch.logsumexp(student @ queue.T, 1))
+        total = torch.logaddexp(total, torch.logsumexp(student @ centres.T, 1))
         classes = torch.arange(len(centres), device=labels.device)
         queued = (queue_labels == classes[:, None]).float()  # (K, M)
         valid, c = labels >= 0, labels.clamp(min=0)
         # The sum of the positives' products is the product with their sum.
         positives = 1 + queued.sum(1)[c]
-        similar = (own[:, 0] + (student * (queued @ queue)[c]).sum(1)) / temperature
-        to_centre = (student * centres[c]).sum(1) / temperature
+        similar = own + (student * (queued @ queue)[c]).sum(1)
+        to_centre = (student * centres[c]).sum(1)
         log_p = similar - positives * total + centre_weight * (to_centre - total)
         losses = torch.where(valid, -log_p / (positives + 1), 0.0)
         return losses.sum() / valid.sum().clamp(min=1)

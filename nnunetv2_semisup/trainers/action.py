@@ -183,8 +183,8 @@ class ACTION(SemiSupMethod):
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         if len(unlabelled["data"]) < 2 and self.settings.mix != "none":
             raise InputError(
-                f"mix = {self.settings.mix} needs an unlabeled_batch_size of at least 2 on each GPU, to mix a patch with "
-                f"another; or set mix = none"
+                f"mix = {self.settings.mix} needs an unlabeled_batch_size of at least 2 per GPU, as "
+                f"patches are mixed with each other; or set mix = none"
             )
         stage = self.stage(progress)
         if stage == 3 and self._stage < 3:
@@ -304,6 +304,7 @@ class ACTION(SemiSupMethod):
             label = pseudo_label(taps.logits(self.teacher.module, images), regions)
             mixed, label = self._mixed(images, label)
             mixed = self._strong_view(mixed)
+            reference = self._teacher_hidden(labelled["data"])  # before the student's graphs fill the memory
         output, levels = taps.decode_levels(network, taps.encode(network, labelled["data"]))
         mixed_output, mixed_levels = taps.decode_levels(network, taps.encode(network, mixed))
         terms: Group = {}
@@ -317,7 +318,7 @@ class ACTION(SemiSupMethod):
             logits = torch.cat((_full_resolution(output), _full_resolution(mixed_output))).detach()
             classes = torch.cat((self._labelled_classes(labelled["target"]), self._pseudo_classes(label)))
             voxels = self._voxels(levels, mixed_levels, classes, logits)
-            values = self._contrasts(voxels, labelled["data"], contrasted, progress)
+            values = self._contrasts(voxels, reference, contrasted, progress)
             terms |= {name: (contrasted[name], value) for name, value in values.items()}
         terms["supervised"] = (1.0, self.task.supervised_loss(output, labelled["target"]))
         return terms
@@ -365,8 +366,14 @@ class ACTION(SemiSupMethod):
         hard = members & (own < self.settings.hard_threshold).flatten()
         return Voxels(head.hidden(maps), members, hard, len(levels[0]))
 
-    def _contrasts(self, voxels: Voxels, images: Tensor, names: dict[str, float], progress: float) -> dict[str, Tensor]:
-        """The contrasts that ``names`` asks for; ``images`` are the labelled patches."""
+    def _teacher_hidden(self, images: Tensor) -> Tensor | None:
+        """What :meth:`_contrasts` needs of the teacher on the labelled patches."""
+        return None
+
+    def _contrasts(
+        self, voxels: Voxels, reference: Tensor | None, names: dict[str, float], progress: float
+    ) -> dict[str, Tensor]:
+        """The contrasts that ``names`` asks for; ``reference`` is of :meth:`_teacher_hidden`."""
         return {"anatomical": self._anatomical_contrast(voxels, progress)} if "anatomical" in names else {}
 
     def contrast_temperature(self, progress: float) -> float:

@@ -97,24 +97,32 @@ class ACTIONPlusPlus(ACTION):
 
     # ------------------------------------------------------------------------------------ adaptive anatomical contrast
 
-    def _contrasts(self, voxels: Voxels, images: Tensor, names: dict[str, float], progress: float) -> dict[str, Tensor]:
-        values = super()._contrasts(voxels, images, names, progress)
+    def _teacher_hidden(self, images: Tensor) -> Tensor | None:
+        """(B_l, x, y, z, F) of the teacher's representation head."""
+        if not self.settings.w_aaco:
+            return None
+        head = self.teacher_representation.module
+        _, levels = taps.decode_levels(self.teacher.module, taps.encode(self.teacher.module, images))
+        return head.hidden(thinned(head, levels))
+
+    def _contrasts(
+        self, voxels: Voxels, reference: Tensor | None, names: dict[str, float], progress: float
+    ) -> dict[str, Tensor]:
+        values = super()._contrasts(voxels, reference, names, progress)
         self._contrasted = None
         if "adaptive" in names:
-            values["adaptive"] = self._adaptive_contrast(voxels, images, self.contrast_temperature(progress))
+            values["adaptive"] = self._adaptive_contrast(voxels, reference, self.contrast_temperature(progress))
         return values
 
-    def _adaptive_contrast(self, voxels: Voxels, images: Tensor, temperature: float) -> Tensor:
+    def _adaptive_contrast(self, voxels: Voxels, reference: Tensor, temperature: float) -> Tensor:
         """Voxels of the labelled patches: teacher embeddings of the same class and the class's centre attract."""
         hidden = voxels.hidden[: voxels.labelled]
         members = voxels.members.unflatten(1, (voxels.hidden.shape[0], -1))[:, : voxels.labelled].flatten(1)
         positions, present = draw_voxels(members, self.settings.voxels)
         with torch.no_grad():
-            head = self.teacher_representation.module
-            _, levels = taps.decode_levels(self.teacher.module, taps.encode(self.teacher.module, images))
-            teacher = F.normalize(head.rows(head.hidden(thinned(head, levels)), positions), dim=2)
+            teacher = F.normalize(self.teacher_representation.module.rows(reference, positions), dim=2)
         student = self.representation.rows(hidden, positions)
-        classes = torch.arange(self.classes, device=images.device)
+        classes = torch.arange(self.classes, device=hidden.device)
         labels = torch.where(present, classes, -1)[:, None].expand(positions.shape)
         self._contrasted = (F.normalize(student.detach(), dim=2).sum(1) * present[:, None], present, teacher, labels)
         return adaptive_anatomical_contrast(
