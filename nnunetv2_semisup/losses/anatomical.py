@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def draw_voxels(members: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -140,8 +141,9 @@ def adaptive_anatomical_contrast(
         student = F.normalize(student.float(), dim=1) / temperature
         teacher, queue, centres = (F.normalize(x.detach().float(), dim=1) for x in (teacher, queue, centres))
         own = (student * teacher).sum(1)
-        # Piece by piece: the (n, M) products are the largest array of the step and exist once.
-        total = torch.logaddexp(own, torch.logsumexp(student @ queue.T, 1))
+        # The n * M products are the largest array of the step: in parts, made again in the backward pass.
+        parts = [checkpoint(_log_sum_exp, part, queue, use_reentrant=False) for part in student.split(128)]
+        total = torch.logaddexp(own, torch.cat(parts))
         total = torch.logaddexp(total, torch.logsumexp(student @ centres.T, 1))
         classes = torch.arange(len(centres), device=labels.device)
         queued = (queue_labels == classes[:, None]).float()  # (K, M)
@@ -153,3 +155,8 @@ def adaptive_anatomical_contrast(
         log_p = similar - positives * total + centre_weight * (to_centre - total)
         losses = torch.where(valid, -log_p / (positives + 1), 0.0)
         return losses.sum() / valid.sum().clamp(min=1)
+
+
+def _log_sum_exp(rows: Tensor, others: Tensor) -> Tensor:
+    """(n, F), (M, F) -> (n,): log of the sum over ``others`` of exp of the product."""
+    return torch.logsumexp(rows @ others.T, 1)

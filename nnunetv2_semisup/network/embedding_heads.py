@@ -80,7 +80,7 @@ class RepresentationHead(nn.Module):
         for layer, features in zip(self.wide, wide, strict=True):
             projected = layer(features.movedim(1, -1)).movedim(-1, 1)
             total = total + _resize(projected, grid).movedim(1, -1)
-        return torch.relu(total)
+        return torch.relu_(total)
 
     def class_means(self, hidden: Tensor, members: Tensor) -> Tensor:
         """(K, F) float32 mean embedding of the voxels of each class; ``members`` (K, B * x * y * z) bool.

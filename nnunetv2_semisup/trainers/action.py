@@ -103,13 +103,11 @@ class Voxels(NamedTuple):
         hidden: (B, x, y, z, F) of the representation head, carries the gradient.
         members: (K, B * x * y * z) bool, voxels of each class; voxels without label or confidence are in none.
         hard: the same shape, those that the student gives to their class with less than hard_threshold.
-        labelled: how many of the B patches are labelled.
     """
 
     hidden: Tensor
     members: Tensor
     hard: Tensor
-    labelled: int
 
 
 class ACTION(SemiSupMethod):
@@ -304,7 +302,8 @@ class ACTION(SemiSupMethod):
             label = pseudo_label(taps.logits(self.teacher.module, images), regions)
             mixed, label = self._mixed(images, label)
             mixed = self._strong_view(mixed)
-            reference = self._teacher_hidden(labelled["data"])  # before the student's graphs fill the memory
+            labelled_classes = self._labelled_classes(labelled["target"])
+            reference = self._reference(labelled["data"], labelled_classes)  # before the student's graphs fill memory
         output, levels = taps.decode_levels(network, taps.encode(network, labelled["data"]))
         mixed_output, mixed_levels = taps.decode_levels(network, taps.encode(network, mixed))
         terms: Group = {}
@@ -316,7 +315,7 @@ class ACTION(SemiSupMethod):
         contrasted = {k: w for k, w in self.stage_weights(3).items() if w > 0 and k != "pseudo_label"}
         if contrasted:
             logits = torch.cat((_full_resolution(output), _full_resolution(mixed_output))).detach()
-            classes = torch.cat((self._labelled_classes(labelled["target"]), self._pseudo_classes(label)))
+            classes = torch.cat((labelled_classes, self._pseudo_classes(label)))
             voxels = self._voxels(levels, mixed_levels, classes, logits)
             values = self._contrasts(voxels, reference, contrasted, progress)
             terms |= {name: (contrasted[name], value) for name, value in values.items()}
@@ -359,21 +358,23 @@ class ACTION(SemiSupMethod):
         """Everything on the grid of the second decoder level; ``classes`` and ``logits`` of both streams come whole."""
         head = self.representation
         maps = [torch.cat(pair) for pair in zip(thinned(head, levels), thinned(head, mixed_levels), strict=True)]
-        classes = head.thin(classes)
-        members = classes.flatten() == torch.arange(self.classes, device=classes.device)[:, None]
+        classes, members = head.thin(classes), self._members(classes)
         p = class_probabilities(probabilities(head.thin(logits), self.task.has_regions), self.task.has_regions)
         own = p.gather(1, classes.clamp(min=0)[:, None])[:, 0]
         hard = members & (own < self.settings.hard_threshold).flatten()
-        return Voxels(head.hidden(maps), members, hard, len(levels[0]))
+        return Voxels(head.hidden(maps), members, hard)
 
-    def _teacher_hidden(self, images: Tensor) -> Tensor | None:
-        """What :meth:`_contrasts` needs of the teacher on the labelled patches."""
+    def _members(self, classes: Tensor) -> Tensor:
+        """(K, B * x * y * z) bool: the voxels of each class on the grid, of full-resolution (B, X, Y, Z) classes."""
+        thin = self.representation.thin(classes).flatten()
+        return thin == torch.arange(self.classes, device=thin.device)[:, None]
+
+    def _reference(self, images: Tensor, classes: Tensor):
+        """What :meth:`_contrasts` needs of the teacher on the labelled patches with these (B, X, Y, Z) classes."""
         return None
 
-    def _contrasts(
-        self, voxels: Voxels, reference: Tensor | None, names: dict[str, float], progress: float
-    ) -> dict[str, Tensor]:
-        """The contrasts that ``names`` asks for; ``reference`` is of :meth:`_teacher_hidden`."""
+    def _contrasts(self, voxels: Voxels, reference, names: dict[str, float], progress: float) -> dict[str, Tensor]:
+        """The contrasts that ``names`` asks for; ``reference`` is that of :meth:`_reference`."""
         return {"anatomical": self._anatomical_contrast(voxels, progress)} if "anatomical" in names else {}
 
     def contrast_temperature(self, progress: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,20 @@ class ACTIONPlusPlusSettings(ACTIONSettings):
             self.require(getattr(self, key) == default, key, "left alone: tau_min and tau_max replace it")
 
 
+class Reference(NamedTuple):
+    """Voxels drawn from the labelled patches, with replacement, V per class.
+
+    Attributes:
+        positions: (K, V) int64 on the grid.
+        present: (K,) bool, classes with any labelled voxel; the positions of others mean nothing.
+        rows: (K, V, F) unit embeddings of the teacher.
+    """
+
+    positions: Tensor
+    present: Tensor
+    rows: Tensor
+
+
 class ACTIONPlusPlus(ACTION):
     """ACTION's stages two and three (8/3 supervised steps each) with one more term in stage three: ``adaptive``."""
 
@@ -97,32 +112,29 @@ class ACTIONPlusPlus(ACTION):
 
     # ------------------------------------------------------------------------------------ adaptive anatomical contrast
 
-    def _teacher_hidden(self, images: Tensor) -> Tensor | None:
-        """(B_l, x, y, z, F) of the teacher's representation head."""
+    def _reference(self, images: Tensor, classes: Tensor) -> Reference | None:
         if not self.settings.w_aaco:
             return None
+        positions, present = draw_voxels(self._members(classes), self.settings.voxels)
         head = self.teacher_representation.module
         _, levels = taps.decode_levels(self.teacher.module, taps.encode(self.teacher.module, images))
-        return head.hidden(thinned(head, levels))
+        rows = head.rows(head.hidden(thinned(head, levels)), positions)
+        return Reference(positions, present, F.normalize(rows, dim=2))
 
     def _contrasts(
-        self, voxels: Voxels, reference: Tensor | None, names: dict[str, float], progress: float
+        self, voxels: Voxels, reference: Reference | None, names: dict[str, float], progress: float
     ) -> dict[str, Tensor]:
         values = super()._contrasts(voxels, reference, names, progress)
         self._contrasted = None
-        if "adaptive" in names:
+        if reference is not None:
             values["adaptive"] = self._adaptive_contrast(voxels, reference, self.contrast_temperature(progress))
         return values
 
-    def _adaptive_contrast(self, voxels: Voxels, reference: Tensor, temperature: float) -> Tensor:
+    def _adaptive_contrast(self, voxels: Voxels, reference: Reference, temperature: float) -> Tensor:
         """Voxels of the labelled patches: teacher embeddings of the same class and the class's centre attract."""
-        hidden = voxels.hidden[: voxels.labelled]
-        members = voxels.members.unflatten(1, (voxels.hidden.shape[0], -1))[:, : voxels.labelled].flatten(1)
-        positions, present = draw_voxels(members, self.settings.voxels)
-        with torch.no_grad():
-            teacher = F.normalize(self.teacher_representation.module.rows(reference, positions), dim=2)
-        student = self.representation.rows(hidden, positions)
-        classes = torch.arange(self.classes, device=hidden.device)
+        positions, present, teacher = reference
+        student = self.representation.rows(voxels.hidden, positions)  # labelled patches come first there
+        classes = torch.arange(self.classes, device=present.device)
         labels = torch.where(present, classes, -1)[:, None].expand(positions.shape)
         self._contrasted = (F.normalize(student.detach(), dim=2).sum(1) * present[:, None], present, teacher, labels)
         return adaptive_anatomical_contrast(
