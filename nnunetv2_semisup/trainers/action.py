@@ -72,8 +72,8 @@ class ACTIONSettings(SemiSupSettings):
     def __post_init__(self):
         super().__post_init__()
         s = self.stage_fractions
-        self.require(len(s) == 3 and min(s) >= 0 and s[2] > 0 and abs(sum(s) - 1) < 1e-6, "stage_fractions",
-                     "three shares with the sum 1, the last above 0")  # fmt: skip
+        shares = len(s) == 3 and all(share == 0 or share >= 0.001 for share in s) and abs(sum(s) - 1) < 1e-6
+        self.require(shares and s[2] > 0, "stage_fractions", "three shares with the sum 1, the first two may be 0")
         enough = next(n for n in count(self.num_epochs) if self._each_stage_has_an_epoch(n))
         self.require(
             enough == self.num_epochs, "num_epochs", f"such that each stage has an epoch; the next such is {enough}"
@@ -179,7 +179,8 @@ class ACTION(SemiSupMethod):
         return {"pseudo_label": s.w_unsup, "anatomical": s.w_anco} if stage == 3 else distillation
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
-        if len(unlabelled["data"]) < 2 and self.settings.mix != "none":
+        mixes = self.settings.mix != "none" and any(self.stage_weights(3).values())
+        if mixes and len(unlabelled["data"]) < 2:
             raise InputError(
                 f"mix = {self.settings.mix} needs an unlabeled_batch_size of at least 2 per GPU, as "
                 f"patches are mixed with each other; or set mix = none"

@@ -77,6 +77,7 @@ def test_a_run_shorter_than_its_stages_is_refused(name, epochs, tiny, tmp_path):
         ({"stage_fractions": (0.5, 0.5)}, "stage_fractions"),
         ({"stage_fractions": (0.5, 0.5, 0.0)}, "stage_fractions"),
         ({"stage_fractions": (0.5, 0.2, 0.5)}, "stage_fractions"),
+        ({"stage_fractions": (0.5, 1e-9, 0.5)}, "stage_fractions"),
         ({"w_global": 0.0}, "stage one has no other loss"),
         ({"tau_t": 0.0}, "tau_t"),
         ({"confident": 1.5}, "confident"),
@@ -118,6 +119,30 @@ def test_terms_and_gradients_of_each_stage(kind, configuration, datasets, use):
         assert moved(method.representation) if stage == 3 else untouched(method.representation)
         assert untouched(method.teacher) and untouched(method.teacher_projectors)
         assert not any(b.requires_grad for b in method.buffers())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_each_stage_under_mixed_precision(name, stage, tiny):
+    """As on a GPU: the groups in autocast, the same weights get a gradient, values close to those of fp32."""
+    trainer = build(tiny, name=name)
+    batch, seen = make_batch(trainer), []
+    for enabled in (False, True):
+        trainer.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        groups, terms = trainer.method.losses(trainer.network, batch, batch["unlabelled"], PROGRESS[stage]), {}
+        while True:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled, cache_enabled=False):
+                group = next(groups, None)
+            if group is None:
+                break
+            sum(weight * value for weight, value in group.values()).backward()
+            terms |= {n: float(value.detach()) for n, (_, value) in group.items()}
+        modules = (trainer.network, trainer.method)
+        seen.append((terms, {k for m in modules for k, p in m.named_parameters() if p.grad is not None}))
+    assert seen[0][1] == seen[1][1]
+    for term, value in seen[0][0].items():
+        assert seen[1][0][term] == pytest.approx(value, rel=0.25, abs=0.05), term
 
 
 def test_stage_one_may_be_supervised(tiny):
