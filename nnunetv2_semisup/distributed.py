@@ -40,6 +40,25 @@ def average_gradients(parameters: Iterable[nn.Parameter], flags: Tensor) -> Tens
     return summed
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, those of rank 0 first; in a single process the rows themselves.
+
+    Args:
+        rows: (N, ...), no gradient; N may differ between the processes, the other axes may not.
+    """
+    if not is_distributed():
+        return rows
+    count = torch.tensor([rows.shape[0]], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    counts = [int(c) for c in counts]
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:c] for part, c in zip(gathered, counts, strict=True)])
+
+
 def broadcast_state(*modules: nn.Module) -> None:
     """Give every process the parameters and buffers of rank 0."""
     if not is_distributed():

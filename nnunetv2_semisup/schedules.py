@@ -22,3 +22,27 @@ def sigmoid_ramp_up(progress: float, fraction: float) -> float:
     if fraction <= 0:
         return 1.0
     return math.exp(-5.0 * (1.0 - min(progress / fraction, 1.0)) ** 2)
+
+
+def cosine_temperature(progress: float, low: float, high: float) -> float:
+    """Temperature that goes from ``high`` down to ``low`` and back once: low + (1 + cos(2 pi p)) / 2 * (high - low).
+
+    Args:
+        progress: p, share of the steps done, in [0, 1].
+        low: at half time, above 0.
+        high: at both ends.
+
+    Reference: ACTION++ (You et al., MICCAI 2023), after Kukleva et al., ICLR 2023.
+    """
+    return low + 0.5 * (1.0 + math.cos(2.0 * math.pi * progress)) * (high - low)
+
+
+def stage_bounds(fractions: tuple[float, ...], epochs: int) -> tuple[int, ...]:
+    """First epochs of the stages of a run, and its end: (0, floor(f1 E), floor((f1 + f2) E), ..., E).
+
+    Args:
+        fractions: share of training of each stage; their sum is 1, 0 leaves a stage out.
+        epochs: E.
+    """
+    shares = (sum(fractions[:i]) for i in range(1, len(fractions)))
+    return (0, *(math.floor(share * epochs + 1e-9) for share in shares), epochs)

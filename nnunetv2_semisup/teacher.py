@@ -22,16 +22,22 @@ class MovingAverage(AveragedModel):
     def __init__(self, network: nn.Module, decay: float):
         super().__init__(network)
         self.decay = decay
+        self.warm_up = True
         self.requires_grad_(False)
 
     @torch.no_grad()
     def update_parameters(self, network: nn.Module) -> None:
         """One update towards ``network``. AveragedModel's own moves its counter to the GPU, which stalls it."""
-        decay = min(1.0 - 1.0 / (int(self.n_averaged) + 1), self.decay)
+        decay = min(1.0 - 1.0 / (int(self.n_averaged) + 1), self.decay) if self.warm_up else self.decay
         torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1.0 - decay)
         for mine, students in zip(self.module.buffers(), network.buffers(), strict=True):
             mine.copy_(students)
         self.n_averaged += 1
+
+    def without_warm_up(self) -> "MovingAverage":
+        """Use the full decay from the first update on."""
+        self.warm_up = False
+        return self
 
     def reset(self, network: nn.Module) -> None:
         """Become a copy of ``network`` and forget how many updates there were."""

@@ -11,7 +11,10 @@ from conftest import make_batch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from nnunetv2_semisup.distributed import average_gradients, broadcast_state
+from nnunetv2_semisup.distributed import average_gradients, broadcast_state, gather_rows
+
+MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
+SETTINGS = {"noise_std": 0.0, "consistency_weight": 1.0}
 
 
 def run_rank(rank: int, world: int, folder: str, task, *args) -> None:
@@ -47,13 +50,13 @@ def test_gradients_flags_and_broadcast(tmp_path):
     spawn(tmp_path, gradients_and_flags)
 
 
-def build_on_rank(rank: int, variables: dict, dataset, seed: int, **settings):
+def build_on_rank(rank: int, variables: dict, dataset, seed: int, name: str, **settings):
     """A trainer on the CPU in a process group, started from rank 0's weights."""
     os.environ.update(variables)
     # nnU-Net forces CUDA in a process group, so the trainer must not see it while it is built
     initialised, dist.is_initialized = dist.is_initialized, lambda: False
     torch.manual_seed(seed + rank)  # different weights: rank 0's must win
-    trainer = dataset.trainer("nnUNetTrainerMeanTeacher", noise_std=0.0, consistency_weight=1.0, **settings)
+    trainer = dataset.trainer(name, **settings)
     trainer.initialize()
     dist.is_initialized = initialised
     trainer.local_rank = rank
@@ -63,7 +66,7 @@ def build_on_rank(rank: int, variables: dict, dataset, seed: int, **settings):
 
 
 def build_and_step(rank: int, folder: Path, variables: dict, dataset, seed: int) -> None:
-    trainer = build_on_rank(rank, variables, dataset, seed)
+    trainer = build_on_rank(rank, variables, dataset, seed, MEAN_TEACHER, **SETTINGS)
     if rank == 0:
         torch.save(copy.deepcopy(trainer.network.state_dict()), folder / "start.pth")
     trainer.train_step(make_batch(trainer, rank))
@@ -78,7 +81,7 @@ def test_a_training_step_of_two_processes_is_the_mean_step(tiny, tmp_path):
     methods = [torch.load(tmp_path / f"method{r}.pth") for r in range(2)]
     assert all(torch.equal(methods[0][k], methods[1][k]) for k in methods[0])
 
-    alone = tiny.trainer("nnUNetTrainerMeanTeacher", noise_std=0.0, consistency_weight=1.0)
+    alone = tiny.trainer(MEAN_TEACHER, **SETTINGS)
     alone.initialize()
     alone.network.load_state_dict(torch.load(tmp_path / "start.pth"))
     alone.method.reset(alone.network)
@@ -101,7 +104,7 @@ def test_single_process_is_untouched():
 
 def train_validate_and_stop(rank: int, folder: Path, variables: dict, dataset) -> None:
     """In nnU-Net's own wrapper: training and validation in turns, then a stop that only rank 1 is told."""
-    trainer = build_on_rank(rank, variables, dataset, 5, inference_weights="teacher")
+    trainer = build_on_rank(rank, variables, dataset, 5, MEAN_TEACHER, inference_weights="teacher", **SETTINGS)
     trainer.network = torch.nn.parallel.DistributedDataParallel(trainer.network)
     trainer.is_ddp = True
     for seed in range(2):
@@ -128,3 +131,35 @@ def test_two_processes_in_the_wrapper_stay_equal_and_stop_together(tiny, tmp_pat
     for name in ("rank", "resumed"):
         first, second = (torch.load(tmp_path / f"{name}{r}.pth") for r in range(2))
         assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def gather_unequal_rows(rank: int, folder: Path) -> None:
+    rows = torch.full((rank + 1, 2), float(rank))
+    assert torch.equal(gather_rows(rows), torch.tensor([[0.0, 0], [1, 1], [1, 1]]))
+    assert torch.equal(gather_rows(torch.full((2 - rank,), rank)), torch.tensor([0, 0, 1]))
+
+
+def test_rows_of_unequal_batches_are_gathered_in_order(tmp_path):
+    spawn(tmp_path, gather_unequal_rows)
+    assert torch.equal(gather_rows(torch.ones(3)), torch.ones(3))
+
+
+def step_through_the_stages(rank: int, folder: Path, variables: dict, dataset, name: str) -> None:
+    """One step per stage, each process on a batch of its own."""
+    trainer = build_on_rank(rank, variables, dataset, 5, name, num_epochs=4)
+    for epoch in range(3):
+        trainer.current_epoch = epoch
+        torch.manual_seed(10 * epoch + rank)
+        trainer.train_step(make_batch(trainer, 10 * epoch + rank))
+    torch.save(trainer.network.state_dict() | trainer.method.state_dict(), folder / f"rank{rank}.pth")
+
+
+@pytest.mark.parametrize("name", ["nnUNetTrainerACTION", "nnUNetTrainerACTIONPlusPlus"])
+def test_queues_of_two_processes_agree(name, tiny, tmp_path):
+    spawn(tmp_path, step_through_the_stages, tiny.variables(tmp_path / "results"), tiny, name)
+    first, second = (torch.load(tmp_path / f"rank{r}.pth") for r in range(2))
+    assert {k for k in first if "queue" in k} and first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    # two processes with 2 labelled and 2 unlabelled patches each, in stages one and two
+    pushes = {"nnUNetTrainerACTION": 16, "nnUNetTrainerACTIONPlusPlus": 8}[name]
+    assert first["queues.global.pointer"] == pushes

@@ -74,3 +74,15 @@ def test_moving_average_of_heads_reaches_its_decay():
         student.weight.add_(1)
     average.update_parameters(student)
     torch.testing.assert_close(average.module.weight, 0.999 * before + 0.001 * student.weight.detach())
+
+
+def test_without_warm_up_every_update_has_the_full_decay():
+    student = Network()
+    teacher = Teacher(student, 0.99).without_warm_up()
+    before = copy.deepcopy(list(teacher.module.parameters()))
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1.0)
+    teacher.update_parameters(student)
+    for old, new, mine in zip(before, student.parameters(), teacher.module.parameters(), strict=True):
+        torch.testing.assert_close(mine, 0.99 * old + 0.01 * new)

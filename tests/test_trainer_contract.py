@@ -74,7 +74,7 @@ def test_nnunet_finds_it_and_it_pickles(name, monkeypatch):
 
 def test_epoch_suffix_beats_the_setting(name, tiny):
     assert tiny.trainer(name, num_epochs=7).num_epochs == 7
-    assert tiny.trainer(f"{name}_3epochs", num_epochs=7).num_epochs == 3
+    assert tiny.trainer(f"{name}_5epochs", num_epochs=7).num_epochs == 5
 
 
 def test_cascade_is_refused_by_name(name, tiny):
@@ -136,7 +136,9 @@ def test_network_and_method_share_no_parameter(build, name):
 
 
 def test_zero_weights_are_exactly_the_stock_step(build, name):
-    ours = build(**dict.fromkeys(discovery.trainers()[name].method_class.unsupervised_weights, 0.0))
+    method_class = discovery.trainers()[name].method_class
+    ours = build(**dict.fromkeys(method_class.unsupervised_weights, 0.0), **method_class.alters_supervision)
+    assert ours.is_supervised
     plans = build.dataset.plans | {"continue_training": False}
     stock = nnUNetTrainer(plans, build.configuration, "all", build.dataset.dataset_json, torch.device("cpu"))
     stock.initialize()

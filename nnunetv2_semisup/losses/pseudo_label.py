@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nnunetv2_semisup.losses.consistency import probabilities
@@ -74,3 +75,35 @@ def masked_dice(
     intersection = (kept * truth).sum(axes)
     sizes = (keep * truth).sum(axes) + (kept * student).sum(axes)
     return (1 - (2 * intersection + smooth) / (sizes + smooth)).mean()
+
+
+def confidence_weighted_cross_entropy(
+    logits: Tensor, target: PseudoLabel, threshold: float, regions: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean of omega_b * CE over all voxels whose CE is above 0; omega_b is the share of confident voxels of patch b.
+
+    The threshold sets the weight of a patch; all of its voxels count. Without any voxel to count the loss is 0.
+
+    Args:
+        logits: (B, heads, X, Y, Z), carry the gradient.
+        target: of the same patches; voxels with the label -1 (regions: in any head) do not exist.
+        threshold: confidence from which a voxel is confident; with regions all heads must reach it.
+        regions: True: CE is the mean over heads of the binary cross-entropy.
+
+    Returns:
+        The loss, a scalar, 0 or more; and (B,) omega.
+
+    Reference: ReCo (Liu et al., ICLR 2022), released code; ACTION (You et al., IPMI 2023).
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        known = (target.label >= 0).all(1)
+        label = target.label.clamp(min=0)
+        if regions:
+            ce = F.binary_cross_entropy_with_logits(logits.float(), label.float(), reduction="none").mean(1)
+        else:
+            ce = F.cross_entropy(logits.float(), label[:, 0], reduction="none")
+        confident = (target.confidence.amin(1) >= threshold) & known
+        weights = confident.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
+        counted = known & (ce.detach() > 0)
+        weighted = torch.where(counted, ce * weights.reshape(-1, *[1] * (ce.ndim - 1)), 0.0)
+        return weighted.sum() / counted.sum().clamp(min=1), weights

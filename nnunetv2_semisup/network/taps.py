@@ -37,6 +37,11 @@ def decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tenso
     return _compiled(_decode)(network, skips) if _is_compiled(network) else _decode(network, skips)
 
 
+def decode_levels(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], list[Tensor]]:
+    """As :func:`decode`, but with the features of every decoder level, highest resolution first."""
+    return _compiled(_decode_levels)(network, skips) if _is_compiled(network) else _decode_levels(network, skips)
+
+
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """Full-resolution logits (B, heads, X, Y, Z) of ``images``, whether deep supervision is on or not."""
     output, _ = decode(network, encode(network, images))
@@ -46,6 +51,21 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 def feature_channels(network: nn.Module) -> int:
     """F of the last features that :func:`decode` returns."""
     return network.decoder.seg_layers[-1].in_channels
+
+
+def level_channels(network: nn.Module) -> list[int]:
+    """Channels of the features that :func:`decode_levels` returns."""
+    return [layer.in_channels for layer in network.decoder.seg_layers][::-1]
+
+
+def first_stride(network: nn.Module) -> tuple[int, ...]:
+    """Voxels of the highest decoder level per voxel of the second, on each axis."""
+    return tuple(network.decoder.transpconvs[-1].stride)
+
+
+def bottleneck_channels(network: nn.Module) -> int:
+    """Channels of the last skip that :func:`encode` returns."""
+    return network.encoder.output_channels[-1]
 
 
 def compile_taps(network: nn.Module) -> None:
@@ -79,16 +99,22 @@ def _encode(network: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def _decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
+    output, levels = _decode_levels(network, skips)
+    return output, levels[0]
+
+
+def _decode_levels(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], list[Tensor]]:
     decoder = network.decoder
     features = skips[-1]
-    outputs = []
+    outputs, levels = [], []
     for depth, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
         features = stage(torch.cat((upsample(features), skips[-(depth + 2)]), 1))
+        levels.append(features)
         if decoder.deep_supervision:
             outputs.append(decoder.seg_layers[depth](features))
     if not decoder.deep_supervision:
-        return decoder.seg_layers[-1](features), features
-    return outputs[::-1], features
+        return decoder.seg_layers[-1](features), levels[::-1]
+    return outputs[::-1], levels[::-1]
 
 
 def _is_compiled(network: nn.Module) -> bool:

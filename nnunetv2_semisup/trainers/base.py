@@ -34,6 +34,7 @@ from nnunetv2_semisup import settings as settings_module
 from nnunetv2_semisup.data import folders, loader, preprocess, splits
 from nnunetv2_semisup.distributed import average_gradients, broadcast_state, is_distributed
 from nnunetv2_semisup.errors import InputError, TrainingFailed
+from nnunetv2_semisup.learning_rate import RestartingPolyLR
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.settings import SemiSupSettings
 from nnunetv2_semisup.stopping import StopRequest
@@ -114,6 +115,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self.method = self.method_class(self.bare_network, task, self.settings).to(self.device)
         if self.method_parameters():
             self.optimizer.add_param_group({"params": self.method_parameters()})
+        if len(self.method.learning_rate_starts) > 1:
+            starts = self.method.learning_rate_starts
+            self.lr_scheduler = RestartingPolyLR(self.optimizer, self.initial_lr, starts, self.num_epochs)
 
     def _do_i_compile(self):
         # nnU-Net asks this right after it has built the network, to wrap it whole. Answer no at that one place: we
@@ -132,9 +136,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     @property
     def is_supervised(self) -> bool:
-        """True if the settings switch every unsupervised term off: then each step is bit for bit nnU-Net's own."""
-        weights = self.method_class.unsupervised_weights
-        return bool(weights) and not any(getattr(self.settings, name) for name in weights)
+        """True if the settings switch the whole method off: then each step is bit for bit nnU-Net's own."""
+        weights, altered = self.method_class.unsupervised_weights, self.method_class.alters_supervision
+        stock_else = all(getattr(self.settings, name) == value for name, value in altered.items())
+        return bool(weights) and stock_else and not any(getattr(self.settings, name) for name in weights)
 
     @property
     def progress(self) -> float:
@@ -373,9 +378,20 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         # nnU-Net saves checkpoint_latest every save_every epochs; ours counts minutes.
         due = time() - self._last_save >= 60 * self.settings.save_every_minutes
         self.save_every = 1 if due else sys.maxsize
+        self._before_best_checkpoint()
         super().on_epoch_end()
+        self._best_ema = None if self._best_ema == math.inf else self._best_ema
         if due:
             self._last_save = time()
+
+    def _before_best_checkpoint(self) -> None:
+        """Let nnU-Net's moving average of the Dice, which decides on the best checkpoint, start with the labels."""
+        first = self.method.first_supervised_epoch
+        if self.current_epoch < first:
+            self._best_ema = math.inf
+        elif self.current_epoch == first > 0:
+            self._best_ema = None  # a checkpoint of the epoch before has infinity
+            self.logger.get_value("ema_fg_dice", None)[first] = self.logger.get_value("mean_fg_dice", first)
 
     def _end_workers(self) -> None:
         for augmenter in (self.dataloader_train, self.dataloader_val):

@@ -45,6 +45,12 @@ class SemiSupMethod(nn.Module):
     settings_class: ClassVar[type[SemiSupSettings]] = SemiSupSettings
     #: Settings that, all at zero, leave exactly nnU-Net's own step.
     unsupervised_weights: ClassVar[tuple[str, ...]] = ()
+    #: Settings that switch off what else differs from nnU-Net's step: a stage without labels, another learning rate.
+    alters_supervision: ClassVar[dict[str, Any]] = {}
+    #: First epochs of the stages, each of which goes through nnU-Net's learning-rate curve; a method may set its own.
+    learning_rate_starts: tuple[int, ...] = (0,)
+    #: Before this epoch nothing is learned from labels: Dice means nothing and there is no best checkpoint.
+    first_supervised_epoch: int = 0
     #: Patches the loader draws for each unlabelled patch of the batch; a method may set its own.
     unlabelled_draws: int = 1
 

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, masked_dice, mix, pseudo_label
+from nnunetv2_semisup.losses.pseudo_label import (
+    PseudoLabel,
+    confidence_weighted_cross_entropy,
+    masked_dice,
+    mix,
+    pseudo_label,
+)
 
 
 def slow_dice(student, target, threshold, regions, include_background, smooth):
@@ -84,3 +90,54 @@ def test_mix_moves_label_and_confidence_alike():
     mixed = mix(a, b, box)
     for part, inside, outside in zip(mixed, a, b, strict=True):
         assert torch.equal(part[box], inside[box]) and torch.equal(part[~box], outside[~box])
+
+
+def weighted_ce(confidence, label=None, logits=None):
+    logits = torch.randn(3, 4, 5, 5) if logits is None else logits
+    label = torch.randint(0, 4, (3, 1, 5, 5)) if label is None else label
+    target = PseudoLabel(label, confidence)
+    return logits, label, confidence_weighted_cross_entropy(logits, target, 0.97, False)
+
+
+def test_weighted_cross_entropy_is_the_mean_if_all_are_confident_and_zero_if_none_is():
+    logits, label, (loss, weights) = weighted_ce(torch.full((3, 1, 5, 5), 0.97))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, label[:, 0]))
+    assert torch.equal(weights, torch.ones(3))
+    _, _, (loss, weights) = weighted_ce(torch.full((3, 1, 5, 5), 0.96))
+    assert loss == 0 and not weights.any()
+
+
+def test_weighted_cross_entropy_equals_a_slow_loop():
+    label = torch.randint(-1, 4, (3, 1, 5, 5))
+    label[2] = -1  # a patch without any known voxel
+    confidence = torch.rand(3, 1, 5, 5) * 0.1 + 0.9
+    logits, _, (loss, _) = weighted_ce(confidence, label, torch.randn(3, 4, 5, 5, requires_grad=True))
+    total, count = 0.0, 0
+    for b in range(3):
+        known = label[b, 0] >= 0
+        share = float(((confidence[b, 0] >= 0.97) & known).sum()) / max(int(known.sum()), 1)
+        for at in known.nonzero().tolist():
+            ce = -torch.log_softmax(logits[b, :, at[0], at[1]], 0)[label[b, 0, at[0], at[1]]]
+            total, count = total + share * ce, count + 1
+    torch.testing.assert_close(loss, total / count)
+    loss.backward()
+    assert not logits.grad[2].any()
+
+
+def test_weighted_cross_entropy_without_any_voxel_is_zero():
+    _, _, (loss, _) = weighted_ce(torch.ones(3, 1, 5, 5), torch.full((3, 1, 5, 5), -1))
+    assert loss == 0
+    certain = torch.zeros(3, 4, 5, 5)
+    certain[:, 1] = 1000.0  # CE exactly 0 everywhere
+    _, _, (loss, _) = weighted_ce(torch.ones(3, 1, 5, 5), torch.ones(3, 1, 5, 5, dtype=torch.int64), certain)
+    assert loss == 0
+
+
+def test_weighted_cross_entropy_of_regions():
+    logits, label = torch.randn(2, 3, 4, 4), torch.randint(0, 2, (2, 3, 4, 4))
+    confidence = torch.ones(2, 3, 4, 4)
+    confidence[0, 2] = 0.5  # one uncertain head is enough
+    loss, weights = confidence_weighted_cross_entropy(logits, PseudoLabel(label, confidence), 0.97, True)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    torch.testing.assert_close(loss, bce(logits[1], label[1].float()) / 2)
+    assert weights.tolist() == [0, 1]

@@ -87,3 +87,19 @@ def test_compiled_in_place(network, monkeypatch):
 def test_other_networks_are_refused_by_name():
     with pytest.raises(NotImplementedError, match="Linear"):
         taps.check_supported(torch.nn.Linear(1, 1))
+
+
+def test_levels_are_the_inputs_of_the_segmentation_layers(network):
+    images = images_for(network)
+    skips = taps.encode(network, images)
+    output, levels = taps.decode_levels(network, skips)
+    plain, last = taps.decode(network, skips)
+    assert all(torch.equal(a, b) for a, b in zip(as_list(output), as_list(plain), strict=True))
+    assert torch.equal(levels[0], last)
+    assert [level.shape[1] for level in levels] == taps.level_channels(network)
+    layers = network.decoder.seg_layers[::-1]
+    for logits, layer, level in zip(as_list(output), layers, levels, strict=False):
+        assert torch.equal(logits, layer(level))
+    assert skips[-1].shape[1] == taps.bottleneck_channels(network)
+    steps = [a // b for a, b in zip(levels[0].shape[2:], levels[1].shape[2:], strict=True)]
+    assert tuple(steps) == taps.first_stride(network)

@@ -1,0 +1,104 @@
+"""Heads that turn features of the planned network into embeddings; a method keeps them beside the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def mlp(in_features: int, hidden_features: int, out_features: int, relu: bool) -> nn.Sequential:
+    """Linear, ReLU or nothing, Linear."""
+    activation = nn.ReLU() if relu else nn.Identity()
+    return nn.Sequential(nn.Linear(in_features, hidden_features), activation, nn.Linear(hidden_features, out_features))
+
+
+def window_edges(patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Edge of a window per axis, in voxels: the multiple of 4 nearest to patch / 5.6, at least 4.
+
+    Reference: ACTION (You et al., IPMI 2023), released code: 20 of 112 voxels.
+    """
+    return tuple(max(4, 4 * round(size / 22.4)) for size in patch_size)
+
+
+def pool_cells(logits: Tensor, edges: Sequence[int]) -> Tensor:
+    """(B, C, X, Y, Z) to (B, cells X, cells Y, cells Z, C): means over cells with a quarter of the window's edges."""
+    pool = F.avg_pool3d if logits.ndim == 5 else F.avg_pool2d
+    return pool(logits, [edge // 4 for edge in edges]).movedim(1, -1)
+
+
+def windows(cells: Tensor) -> Tensor:
+    """All windows of 4 cells per axis, every second cell one: (B, X, Y, Z, C) to (B, P, C * 64), 2D (B, P, C * 16)."""
+    dims = cells.ndim - 2
+    for axis in range(1, dims + 1):
+        cells = cells.unfold(axis, 4, 2)
+    return cells.flatten(1, dims).flatten(2)
+
+
+class RepresentationHead(nn.Module):
+    """An embedding per voxel of the grid of the second highest decoder level, from all decoder levels.
+
+    All levels are interpolated linearly to the grid; then per voxel: linear layer to F channels, ReLU, linear layer.
+
+    Args:
+        channels: of the decoder levels, highest resolution first.
+        step: voxels of the highest level per voxel of the grid, on each axis.
+        features: F.
+
+    Deviation from ACTION (You et al., IPMI 2023): that works at full resolution and begins with a 3x3x3 convolution,
+    which needs gigabytes for nnU-Net's patches.
+    """
+
+    def __init__(self, channels: Sequence[int], step: Sequence[int], features: int):
+        super().__init__()
+        self.step = tuple(step)
+        # Interpolation and a linear layer commute: what has fewer channels is interpolated.
+        self.is_wide = [level > 0 and width > features for level, width in enumerate(channels)]
+        narrow = sum(width for width, wide in zip(channels, self.is_wide, strict=True) if not wide)
+        self.narrow = nn.Linear(narrow, features)
+        self.wide = nn.ModuleList(
+            nn.Linear(width, features, bias=False) for width, wide in zip(channels, self.is_wide, strict=True) if wide
+        )
+        self.last = nn.Linear(features, features)
+
+    def thin(self, full: Tensor) -> Tensor:
+        """Every ``step``-th voxel of (B, ..., X, Y, Z): from full resolution to the grid."""
+        return full[(..., *(slice(None, None, step) for step in self.step))]
+
+    def hidden(self, maps: list[Tensor]) -> Tensor:
+        """(B, x, y, z, F) after the ReLU.
+
+        Args:
+            maps: decoder levels (B, C, X, Y, Z), the highest one first and already thinned.
+        """
+        grid = maps[0].shape[2:]
+        narrow = [_resize(m, grid) for m, wide in zip(maps, self.is_wide, strict=True) if not wide]
+        total = self.narrow(torch.cat(narrow, 1).movedim(1, -1))
+        wide = [m for m, wide in zip(maps, self.is_wide, strict=True) if wide]
+        for layer, features in zip(self.wide, wide, strict=True):
+            projected = layer(features.movedim(1, -1)).movedim(-1, 1)
+            total = total + _resize(projected, grid).movedim(1, -1)
+        return torch.relu_(total)
+
+    def class_means(self, hidden: Tensor, members: Tensor) -> Tensor:
+        """(K, F) float32 mean embedding of the voxels of each class; ``members`` (K, B * x * y * z) bool.
+
+        The last layer is linear, so it is applied to the means.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            sums = members.float() @ hidden.flatten(0, -2).float()
+            return self.last(sums / members.sum(1, keepdim=True).clamp(min=1))
+
+    def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """(*positions.shape, F) float32 embeddings at ``positions`` int64 in [0, B * x * y * z)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.last(hidden.flatten(0, -2)[positions].float())
+
+
+def _resize(maps: Tensor, grid: Sequence[int]) -> Tensor:
+    """Linear interpolation of (B, C, X, Y, Z) to (B, C, *grid)."""
+    if maps.shape[2:] == grid:
+        return maps
+    return F.interpolate(maps, grid, mode="trilinear" if maps.ndim == 5 else "bilinear", align_corners=False)

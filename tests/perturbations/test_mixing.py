@@ -1,0 +1,44 @@
+"""CutMix boxes of half a plane and ClassMix masks."""
+
+import pytest
+import torch
+
+from nnunetv2_semisup.perturbations.mixing import draw_class_masks, draw_half_plane_boxes
+
+
+@pytest.mark.parametrize("shape", [(16, 24, 32), (24, 32)])
+def test_boxes_are_boxes_of_the_published_size(shape):
+    boxes = draw_half_plane_boxes(torch.zeros(200, 1, *shape))
+    assert boxes.shape == (200, 1, *shape) and boxes.dtype == torch.bool
+    sides = []
+    for box in boxes[:, 0]:
+        extent = [box.any(tuple(a for a in range(box.ndim) if a != axis)).nonzero() for axis in range(box.ndim)]
+        sides.append([int(e.max() - e.min()) + 1 for e in extent])
+        assert torch.tensor(sides[-1]).prod() == box.sum(), "not one solid box"
+    sides = torch.tensor(sides, dtype=torch.float)
+    if len(shape) == 3:
+        assert (sides[:, 0] == 4).all()
+    height, width = sides[:, -2], sides[:, -1]
+    assert (width >= shape[-1] / 2).all() and width.max() > 0.95 * shape[-1] and width.min() < 0.55 * shape[-1]
+    area = height * width / (shape[-1] * shape[-2])
+    assert (area - 0.5).abs().max() < 0.06  # rounded to voxels
+    assert 0.45 < boxes.float().mean() / (0.25 if len(shape) == 3 else 1) < 0.55
+
+
+def test_boxes_reach_every_place():
+    assert draw_half_plane_boxes(torch.zeros(400, 1, 8, 8, 8)).any(0).all()
+
+
+def test_class_masks_keep_half_of_the_classes_present():
+    labels = torch.randint(0, 5, (60, 1, 6, 6))
+    labels[0] = 3  # one class: nothing is kept
+    labels[1] = torch.where(labels[1] > 2, 4, 1)
+    replaced = draw_class_masks(labels, 6)
+    assert replaced[0].all()
+    kept_classes = []
+    for mask, label in zip(replaced[:, 0], labels[:, 0], strict=True):
+        kept, gone = set(label[~mask].tolist()), set(label[mask].tolist())
+        assert not kept & gone, "a class is kept or replaced as a whole"
+        assert len(kept) == len(kept | gone) // 2
+        kept_classes.append(kept)
+    assert set().union(*kept_classes) == {0, 1, 2, 3, 4}
