@@ -21,7 +21,8 @@ def test_every_trainer_over_the_stock_step(tiny):
     assert rows[0]["step_ratio"] == rows[0]["memory_ratio"] == 1
     assert all(row["step_seconds"] > 0 and row["peak_memory_mb"] > 0 for row in rows)
     assert all(set(speed.COLUMNS) == set(row) for row in rows)
-    assert 1 <= rows[1]["memory_ratio"] < 2.5  # stock and a teacher without gradient
+    # a teacher without gradient; below 1 on a CPU, where our channels-last weights save reordered copies
+    assert 0.3 < rows[1]["memory_ratio"] < 2.5
     assert not list((tiny.root / "results").glob("*")), "measuring leaves no model folder"
 
 
