@@ -273,6 +273,15 @@ def interruptible():
 
 
 @pytest.fixture(autouse=True)
+def signal_handlers_stay():
+    """A trainer that began and was not ended listens to SIGTERM; a forked pool of a later test could not be ended."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
