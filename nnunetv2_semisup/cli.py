@@ -12,13 +12,13 @@ from nnunetv2_semisup.errors import InputError
 
 
 def command(function):
-    """Turn an InputError into one line on stderr and exit code 2."""
+    """Turn an InputError, or a file that cannot be read or written, into one line on stderr and exit code 2."""
 
     @functools.wraps(function)
     def run(arguments: list[str] | None = None) -> int:
         try:
             return function(arguments) or 0
-        except InputError as error:
+        except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -244,6 +244,10 @@ def benchmark(arguments: list[str] | None = None) -> int:
         from nnunetv2_semisup.benchmark import report
 
         work = None if args.results and not args.o else records.WorkFolder((args.o or _work_folder()).resolve())
+        if work is not None and not work.root.is_dir():
+            raise InputError(f"{work.root} is not a folder: name the benchmark's work folder with -o")
+        if work is None and not args.results.is_dir():
+            raise InputError(f"{args.results} is not a folder: name the one with runs.csv")
         report.write(args.results or work.root / "results", work)
         return 0
     work = records.WorkFolder((args.o or _work_folder()).resolve())

@@ -54,6 +54,8 @@ class Run:
     @property
     def trainer_name(self) -> str:
         """The name nnU-Net knows, e.g. ``nnUNetTrainer_5epochs``."""
+        if self.trainer == "nnUNetTrainer" and self.epochs == 1000:
+            return self.trainer  # nnU-Net's default length has no class of its own
         return f"{self.trainer}_1epoch" if self.epochs == 1 else f"{self.trainer}_{self.epochs}epochs"
 
     @property
@@ -73,7 +75,7 @@ def read(file: Path) -> list[dict]:
         blocks = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks) or not blocks:
         raise InputError(f'{file}: expected a list of blocks, the first line like "- datasets: [508]"')
@@ -131,6 +133,8 @@ def _axes(block: dict, where: str) -> dict[str, tuple]:
 
 def _listed(values, where: str) -> list:
     values = values if isinstance(values, list) else [values]
+    if nested := [value for value in values if isinstance(value, (list, dict))]:
+        raise InputError(f"{where}: {nested[0]} is not a single value")
     if not values:
         raise InputError(f"{where}: the list is empty")
     return list(dict.fromkeys(values))

@@ -21,6 +21,7 @@ from filelock import FileLock
 from nnunetv2_semisup import __version__
 from nnunetv2_semisup.benchmark.grid import Run
 from nnunetv2_semisup.data.folders import read_json, write_json
+from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation import folder as evaluation
 from nnunetv2_semisup.evaluation.metrics import METRICS
 
@@ -157,7 +158,7 @@ def collect(work: WorkFolder, results: Path) -> int:
     work.root.mkdir(parents=True, exist_ok=True)
     with FileLock(str(work.root / "results.lock")):  # two runners may finish at once
         finished = {record["run"]: record for record in work.all_records() if record["evaluations"]}
-        rows = [row for row in read_csv(results / "runs.csv") if row["run"] not in finished]
+        rows = [row for row in _earlier_rows(results / "runs.csv") if row["run"] not in finished]
         for record in finished.values():
             rows += run_rows(record)
             cases = [
@@ -169,6 +170,19 @@ def collect(work: WorkFolder, results: Path) -> int:
         rows.sort(key=lambda row: (row["run"], row["inference"], row["postprocessing"] != "none"))
         write_csv(results / "runs.csv", RUN_COLUMNS, rows)
     return len({row["run"] for row in rows})
+
+
+def _earlier_rows(file: Path) -> list[dict]:
+    """Rows that must not be lost; a damaged file is refused, as it would be written anew without them."""
+    if not file.is_file():
+        return []
+    try:
+        header, rows = file.read_text(encoding="utf-8").split("\n", 1)[0], read_csv(file)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is damaged ({error}): bring it back from git, or remove it") from None
+    if header != ",".join(RUN_COLUMNS) or any(None in row or None in row.values() for row in rows):
+        raise InputError(f"{file} is damaged: bring it back from git, or remove it")
+    return rows
 
 
 def run_rows(record: dict) -> list[dict]:

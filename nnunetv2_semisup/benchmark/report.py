@@ -19,6 +19,7 @@ EXPLANATION = """
 - `difference`: Dice in points against stock `nnUNetTrainer` with the same labelled cases, plans, steps, fold, inference
   and post-processing: mean over cases, each case's mean over seeds taken first; in brackets Wilcoxon's signed-rank p
   over cases, two-sided, not corrected for the number of rows. It tells nothing about other labelled cases.
+  A mask that is rightly empty counts as a Dice of 1 here where another run put something into it.
 - `verdict`: "beats" = difference above twice the baseline's sd over seeds, "worse" = below minus that, "no difference"
   = between. "one seed" = the baseline has one seed, so chance cannot be told.
 - `failures`: masks of which exactly one of prediction and reference is empty, over all seeds. Their Dice is 0; they

@@ -47,7 +47,10 @@ def run_grid(runs: list[Run], work: WorkFolder, results: Path, options: Options)
         code = run_one(run, work, options)
         seconds = perf_counter() - start
         if code == 0:
-            records.collect(work, results)
+            try:
+                records.collect(work, results)
+            except OSError as error:
+                print(f"    the tables in {results} could not be written ({error}): --report makes them", flush=True)
             print(f"    done in {readable(seconds)}: {_summary(work.read(run))}", flush=True)
         elif code == worker.BUSY:
             busy += 1
@@ -152,6 +155,8 @@ def check(runs: list[Run]) -> None:
             raise InputError(f"{name} is not set: export {name}=FOLDER, as nnU-Net needs it too")
     for dataset, plans, configuration in dict.fromkeys((r.dataset, r.plans, r.configuration) for r in runs):
         _check_data(dataset, plans, configuration)
+    if flat := [run.id for run in runs if "literature" in run.inference and run.configuration.startswith("2d")]:
+        raise InputError(f"{flat[0]}: the literature has no sliding window in 2D: leave out inference literature")
     for name in dict.fromkeys(run.trainer_name for run in runs):
         _check_trainer(name)
 
@@ -169,6 +174,11 @@ def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
             + (f"these cases are in one of them only: {different}" if images or labels else "there are none")
         )
     plans = read_json(preprocessed / f"{plans_name}.json", "make the plans, see nnUNetv2_semisup_plans -h")
+    if plans["plans_name"] != plans_name:
+        raise InputError(
+            f'{preprocessed / plans_name}.json has the "plans_name" {plans["plans_name"]}, and nnU-Net names model '
+            f"folders by it: two plans would share one. Set it to {plans_name}"
+        )
     if configuration not in plans["configurations"]:
         raise InputError(f"{preprocessed / plans_name}.json has no configuration {configuration}")
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

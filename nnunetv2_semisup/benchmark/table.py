@@ -61,7 +61,13 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     if not (results / "runs.csv").is_file():
         return pd.DataFrame(), pd.DataFrame()
     texts = ["fold", "commit", "versions", "hardware", "device"]
-    runs = pd.read_csv(results / "runs.csv", dtype=dict.fromkeys(texts, str))
+    try:
+        runs = pd.read_csv(results / "runs.csv", dtype=dict.fromkeys(texts, str))
+    except ValueError as error:  # pandas' own and UnicodeDecodeError
+        raise InputError(f"{results / 'runs.csv'} is damaged ({error}): bring it back from git") from None
+    needed = {"run", "trainer", "seed", "seconds_per_step", "failures", *texts, *SETTING, *MACHINE, *METRICS}
+    if missing := sorted(needed - set(runs.columns)):
+        raise InputError(f"{results / 'runs.csv'} is damaged, it has no column {missing[0]}: bring it back from git")
     runs[texts] = runs[texts].fillna("")
     cases = []
     for run in runs["run"].unique():
@@ -83,7 +89,7 @@ def compare(runs: pd.DataFrame, cases: pd.DataFrame) -> list[Comparison]:
     comparisons = []
     for values, of_setting in runs.groupby(list(SETTING), sort=False):
         setting = dict(zip(SETTING, values, strict=True))
-        rows_of_setting = rows_by_setting.get_group(values)
+        rows_of_setting = _comparable(rows_by_setting.get_group(values))
         baseline = of_setting[of_setting["trainer"] == BASELINE]
         dice = {t: _dice_per_case(rows) for t, rows in rows_of_setting.groupby("trainer", sort=False)}
         for trainer, of_trainer in of_setting.groupby("trainer", sort=False):
@@ -108,6 +114,19 @@ def compare(runs: pd.DataFrame, cases: pd.DataFrame) -> list[Comparison]:
                 )
             )
     return sorted(comparisons, key=_order)
+
+
+def _comparable(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, all runs on the same cases; a mask rightly left empty has a Dice of 1 where another run's was not."""
+    tested = rows.groupby("run")["case"].agg(frozenset)
+    if tested.nunique() > 1:
+        first, other = tested.index[0], tested.index[(tested != tested.iloc[0]).to_numpy()][0]
+        raise InputError(
+            f"{first} and {other} were tested on different cases ({len(tested[first])} and {len(tested[other])}), so "
+            "their means cannot be compared: repeat one of them, or give the data sets different names"
+        )
+    someone = rows.groupby(["case", "label"])["dice"].transform("count") > 0
+    return rows.assign(dice=rows["dice"].mask(rows["dice"].isna() & someone, 1.0))
 
 
 def paired_difference(method: pd.Series, baseline: pd.Series) -> tuple[float, float]:
@@ -201,7 +220,7 @@ def full_tables(comparisons: list[Comparison]) -> str:
         s = c.setting
         title = (
             f"### {s['dataset']}: {s['labeled']} labelled, {s['configuration']}, plans `{s['plans']}`, "
-            f"{s['epochs']} epochs ({s['steps']:,} steps), fold {s['fold']}"
+            f"{s['epochs']} epochs ({s['steps']:,} steps), fold {s['fold']}, {len(c.cases)} test cases"
         )
         row = (
             *(f"`{c.trainer}`", s["inference"], "all" if s["postprocessing"] == "none" else "largest"),

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import io
 import math
 import multiprocessing
@@ -225,6 +226,8 @@ def _read_labels(file: Path) -> _Labels:
     for key in ("labels", "file_ending"):
         if not isinstance(content, dict) or key not in content:
             raise InputError(f'{file} has no "{key}": it is not a dataset.json of nnU-Net v2')
+    if not isinstance(content["labels"], dict) or not isinstance(content["file_ending"], str):
+        raise InputError(f'{file}: "labels" must be a dictionary and "file_ending" a text')
     values = {}
     for name, value in content["labels"].items():
         try:
@@ -354,6 +357,10 @@ def _squeeze(mask: np.ndarray, axes: list[int]) -> np.ndarray:
 def _read(file: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict]:
     """Values (Z, Y, X) and nnU-Net's properties of a label file."""
     try:
+        if file.suffix == ".gz":  # SimpleITK takes a file that ends too soon for a whole one
+            with gzip.open(file) as f:
+                while f.read(1 << 22):
+                    pass
         with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net's tif reader prints where it finds no voxel size
             values, properties = reader().read_seg(str(file))
     except _READ_ERRORS as error:

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from nnunetv2_semisup.benchmark import records, table
+from nnunetv2_semisup.errors import InputError
 
 from .conftest import make_cases, make_record, make_run
 
@@ -118,3 +119,27 @@ def test_short_table(filled, tmp_path):
 def test_nothing():
     assert table.compare(pd.DataFrame(), pd.DataFrame()) == []
     assert table.short_table([]) == table.full_tables([]) == "No results yet.\n"
+
+
+def test_runs_on_different_cases_are_not_compared(work, tmp_path):
+    with pytest.raises(InputError, match="different cases"):
+        store(work, tmp_path, (make_run(seed=0), [0.5, 0.7]), (make_run(trainer=METHOD, seed=0), [0.8, 0.9, 0.85]))
+
+
+def test_false_positives_where_nothing_is_count_in_the_difference(work, tmp_path):
+    _, method = store(
+        work,
+        tmp_path,
+        (make_run(seed=0), [0.5, math.nan]),
+        (make_run(trainer=METHOD, seed=0), [0.6, 0.0]),
+    )
+    assert method.difference == pytest.approx((0.1 - 1) / 2)
+
+
+@pytest.mark.parametrize("content", ["", "run,dice\nx,1\n", "\0\1"])
+def test_damaged_table_is_not_written_over(work, tmp_path, content):
+    store(work, tmp_path, (make_run(seed=0), [0.5, 0.7]))
+    (tmp_path / "runs.csv").write_text(content)
+    with pytest.raises(InputError, match="runs.csv"):
+        records.collect(work, tmp_path)
+    assert (tmp_path / "runs.csv").read_text() == content

@@ -298,6 +298,16 @@ def refused(folders, *words, **kwargs):
     assert not (folders.output / "cases.csv").exists()
 
 
+@pytest.mark.parametrize("part", [0.8, 0.999])
+def test_truncated_prediction(folders, part):
+    """SimpleITK alone would fill the rest with zeros."""
+    folders.add("c1", *arrays(0, shape=(20, 30, 40)))
+    file = folders.prediction / "c1.nii.gz"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(part * len(content))])
+    refused(folders, file, "cannot be read")
+
+
 def test_missing_and_extra_predictions(folders):
     folders.add("c1", *arrays(0))
     write(folders.reference / "c2.nii.gz", arrays(1)[0])
