@@ -190,7 +190,7 @@ def demo(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_demo",
         description="The whole way on data it makes itself: plan, preprocess, train stock nnU-Net and one of our "
-        "trainers, predict, compare. About 8 minutes on 2 CPU cores; uses a GPU when there is one.",
+        "trainers, predict, compare. About 10 minutes on 2 CPU cores; uses a GPU when there is one.",
     )
     parser.add_argument("-o", default="nnunetv2_semisup_demo", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("-tr", default="nnUNetTrainerCrossMatch", metavar="TRAINER", help="default: %(default)s")
