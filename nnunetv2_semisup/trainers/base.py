@@ -459,19 +459,26 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         ours = checkpoints.read_own_part(filename_or_checkpoint, self.base_name())
-        super().load_checkpoint(filename_or_checkpoint)
-        self.method.load_state_dict(ours["method"])
+        changed = {
+            key: (value, ours["settings"].get(key))
+            for key, value in settings_module.as_json(self.settings).items()
+            if value != ours["settings"].get(key)
+        }
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+            self.method.load_state_dict(ours["method"])
+        except (RuntimeError, ValueError) as error:
+            if not changed:
+                raise
+            raise InputError(
+                f"{filename_or_checkpoint} does not fit the plans' settings; changed since: {', '.join(changed)}"
+            ) from error
         if ours["training_weights"] is not None:
             self.bare_network.load_state_dict(ours["training_weights"])
         self.training_log.rows = list(ours["log"])
         # A run that was stopped within an epoch repeats it: drop what nnU-Net's log has of it.
         for values in self.logger.local_logger.get_checkpoint().values():
             del values[self.current_epoch :]
-        changed = {
-            key: (value, ours["settings"].get(key))
-            for key, value in settings_module.as_json(self.settings).items()
-            if value != ours["settings"].get(key)
-        }
         for key, (now, before) in changed.items():
             self.print_to_log_file(f"WARNING: setting {key} is now {now!r}, was {before!r} in {filename_or_checkpoint}")
         self._resumed = True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_semisup.data.sdm import SignedDistanceMaps
+from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.consistency import agreement, mean_squared_difference, probabilities
 from nnunetv2_semisup.losses.contrastive import share_matched, symmetric_info_nce
 from nnunetv2_semisup.losses.pair_distillation import pair_distillation, similarity_difference, voxel_vectors
@@ -213,6 +214,10 @@ class SimCVD(SemiSupMethod):
             student_sdm, teacher_sdm = student_sdm[:, drawn], teacher_sdm[:, drawn]
         image = images.mean(1, keepdim=True)
         student, teacher = self._slices(image + student_sdm), self._slices(image + teacher_sdm)
+        if student.shape[1] < 2:
+            raise InputError(
+                "the contrast of one slice is constant: unlabeled_batch_size must be 2 or more here, or lam 0"
+            )
         if s.num_slices is not None and s.num_slices < student.shape[1]:
             drawn = torch.randperm(student.shape[1])[: s.num_slices].to(images.device)
             student, teacher = student[:, drawn], teacher[:, drawn]

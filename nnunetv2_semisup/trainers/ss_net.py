@@ -104,6 +104,7 @@ class SSNet(SemiSupMethod):
 
     settings_class = SSNetSettings
     unsupervised_weights = ("lambda_max",)
+    alters_supervision = {"seg_ce_weight": 1.0}  # noqa: RUF012
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: SSNetSettings):
         super().__init__(network, task, settings)

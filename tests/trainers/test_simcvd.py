@@ -13,6 +13,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2_semisup.data.sdm import signed_distance_map
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.consistency import probabilities
+from nnunetv2_semisup.trainers import simcvd
 
 NAME = "nnUNetTrainerSimCVD"
 SMALL = {"proj_pool": 8, "proj_hidden": [6, 5], "proj_dim": 4}
@@ -194,7 +195,81 @@ def test_equal_networks_without_noise_are_consistent(tiny):
     found = values(terms(trainer, make_batch(trainer)))
     assert found["con"] == 0
     assert float(trainer.method.diagnostics()["share_teacher_student_agreement"]) == 1
-    assert found["contrast"] > 0  # two masks: the views differ all the same
+
+
+def contrasted(trainer, monkeypatch, images, student_sdm, teacher_sdm):
+    """The student's and teacher's rows of the contrast."""
+    seen = []
+    monkeypatch.setattr(simcvd, "symmetric_info_nce", lambda s, t, *_: seen.extend((s, t)) or s.sum())
+    trainer.method._contrast(images, student_sdm, teacher_sdm)
+    return seen
+
+
+@pytest.mark.parametrize("head", ["ema", "shared"])
+def test_the_two_views_differ_by_their_masks_alone(head, tiny, monkeypatch):
+    images, sdm = torch.randn(2, 1, 16, 16, 16), torch.rand(2, 1, 16, 16, 16)
+    mine, theirs = contrasted(build(tiny, teacher_head=head), monkeypatch, images, sdm, sdm)
+    assert not torch.isclose(mine, theirs).all(-1).any()
+    mine, theirs = contrasted(build(tiny, teacher_head=head, proj_dropout=0.0), monkeypatch, images, sdm, sdm)
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_slices": 7}, {"max_classes": 2}, {"num_slices": 7, "max_classes": 2}, {"sdm_fusion": "union"}],
+    ids=str,
+)
+def test_partners_are_the_same_slice_of_the_same_class(settings, datasets, use, monkeypatch):
+    """Two channels, their mean; with a subset of slices or classes it is the same in both networks."""
+    trainer = build(use(datasets("4 classes")), **settings)
+    for heads in (trainer.method.heads, trainer.method.teacher_heads.module):
+        heads["projection"].forward = lambda slices: slices.flatten(2)
+    images, sdm = torch.randn(2, 2, 16, 16, 16), torch.rand(2, 3, 16, 16, 16)
+    mine, theirs = contrasted(trainer, monkeypatch, images, sdm, sdm)
+    assert torch.equal(mine, theirs)
+    maps = sdm.amin(1, keepdim=True) if "sdm_fusion" in settings else sdm
+    possible = [
+        {tuple(s.flatten().tolist()) for s in v}
+        for v in (images.mean(1, keepdim=True) + maps).transpose(0, 1).flatten(1, 2)
+    ]
+    classes = [next(k for k, p in enumerate(possible) if tuple(rows[0].tolist()) in p) for rows in mine]
+    assert len(set(classes)) == len(classes) == min(settings.get("max_classes", 3), len(possible))
+    for k, rows in zip(classes, mine, strict=True):
+        found = {tuple(r.tolist()) for r in rows}
+        assert len(found) == settings.get("num_slices", 32) and found <= possible[k]
+
+
+def test_a_single_slice_has_no_contrast(tiny):
+    trainer = build(tiny, "2d", unlabeled_batch_size=1)
+    with pytest.raises(InputError, match="unlabeled_batch_size"):
+        terms(trainer, make_batch(trainer))
+
+
+def test_changed_layers_are_named_on_resume(tiny, tmp_path):
+    trainer, file = build(tiny), str(tmp_path / "checkpoint_latest.pth")
+    trainer.save_checkpoint(file)
+    with pytest.raises(InputError, match="proj_dim"):
+        build(tiny, proj_dim=6).load_checkpoint(file)
+
+
+def test_consistency_of_the_maps_is_added(tiny, monkeypatch):
+    trainer = build(tiny, con_on_sdm=True)
+    part_from_teacher(trainer)
+    parts, original = [], simcvd.mean_squared_difference
+    monkeypatch.setattr(
+        simcvd, "mean_squared_difference", lambda s, t: parts.append((s.shape[1], original(s, t))) or parts[-1][1]
+    )
+    found = terms(trainer, make_batch(trainer))["con"][1]
+    assert [channels for channels, _ in parts] == [2, 1]  # probabilities, maps
+    torch.testing.assert_close(found, sum(value for _, value in parts))
+
+
+def test_backbone_dropout_is_in_every_pass_with_its_own_mask(tiny, monkeypatch):
+    trainer = build(tiny, backbone_dropout=0.5)
+    masks, original = [], simcvd.draw_channel_masks
+    monkeypatch.setattr(simcvd, "draw_channel_masks", lambda *a: masks.append(original(*a)) or masks[-1])
+    terms(trainer, make_batch(trainer))
+    assert len(masks) == 3 and not torch.equal(masks[0][0], masks[1][0])
 
 
 # ------------------------------------------------------------------------------------------------- weights and settings

@@ -188,6 +188,26 @@ def test_noise_has_the_length_asked_for(tiny, absolute):
     )
 
 
+@pytest.mark.parametrize(("settings", "length"), [({"vat_xi": 3.0}, 3.0), ({"vat_xi_rms": 0.5}, 0.5 * 64)], ids=str)
+def test_trial_noise_has_the_length_asked_for(tiny, settings, length, monkeypatch):
+    trainer, steps, search = build(tiny, **settings), [], ss_net.adversarial_directions
+    monkeypatch.setattr(ss_net, "adversarial_directions", lambda d, s, step: steps.append(step) or search(d, s, step))
+    terms(trainer, make_batch(trainer))
+    assert steps == pytest.approx([length] * 2)
+
+
+def test_search_asks_for_no_gradient_of_the_weights(tiny, monkeypatch):
+    trainer, search, frozen = build(tiny), ss_net.adversarial_directions, []
+
+    def spy(*args):
+        frozen.append(not any(p.requires_grad for p in trainer.network.parameters()))
+        return search(*args)
+
+    monkeypatch.setattr(ss_net, "adversarial_directions", spy)
+    terms(trainer, make_batch(trainer))
+    assert frozen == [True, True]
+
+
 def test_scaled_length_is_the_published_one_at_the_published_patch():
     assert ss_net.SSNetSettings().vat_eps_rms * math.sqrt(112 * 112 * 80) == pytest.approx(10, rel=0.003)
     assert ss_net.SSNetSettings().vat_xi_rms * math.sqrt(112 * 112 * 80) == pytest.approx(10, rel=0.003)
@@ -438,6 +458,18 @@ def test_weights_follow_the_published_ramp(tiny, step, ramp):
     expected |= {"smoothness_unlabelled": 0.8 * 6 / 8, "smoothness_labelled": 0.8 * 2 / 8}
     expected = {n: w * ramp for n, w in expected.items()} | {"supervised": 1.0}
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("fraction", "ramp"), [(0.0, 1.0), (0.2, 1.0), (1.0, math.exp(-5 * 0.8**2))])
+def test_ramp_ends_where_it_is_asked_to(tiny, fraction, ramp):
+    trainer = build(tiny, ramp_fraction=fraction)
+    weights = {n: w for n, (w, _) in terms(trainer, make_batch(trainer), progress=0.2).items()}
+    assert weights["separation_labelled"] == pytest.approx(0.1 * ramp)
+
+
+def test_a_run_without_cross_entropy_is_not_nnu_nets_own(tiny):
+    assert build(tiny, lambda_max=0.0).is_supervised
+    assert not build(tiny, lambda_max=0.0, seg_ce_weight=0.0).is_supervised
 
 
 @pytest.mark.parametrize("names", [["separation_unlabelled", "separation_labelled"], TERMS[1:3]], ids=" ".join)
