@@ -100,7 +100,12 @@ def test_slurm_parameters():
 
 
 def test_benchmark_report_of_an_empty_work_folder(tiny, capsys, tmp_path):
+    assert cli.benchmark(["--report", "-o", str(tmp_path / "work")]) == 2, "a mistyped folder"
+    one_error_line(capsys, str(tmp_path / "work"), "-o")
+    assert not (tmp_path / "work").exists()
+    (tmp_path / "work").mkdir()
     assert cli.benchmark(["--report", "-o", str(tmp_path / "work")]) == 0
     assert "No results yet" in (tmp_path / "work" / "results" / "README.md").read_text()
+    (tmp_path / "benchmark").mkdir()
     assert cli.benchmark(["--report"]) == 0, "the default is beside nnUNet_results"
     assert (tmp_path / "benchmark" / "results" / "README.md").is_file()
