@@ -100,17 +100,17 @@ def make_dataset(raw: Path) -> None:
         "numTraining": CASES["imagesTr"],
         "file_ending": ".nii.gz",
     }
-    (raw / "dataset.json").write_text(json.dumps(content, indent=2))
+    (raw / "dataset.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def write_table(file: Path, models: dict[str, Path]) -> str:
     """Write the test Dice of every case and return a table of mean, sd over cases, and minimum."""
     dice = {}
     for name, output in models.items():
-        cases = json.loads((output / "summary.json").read_text())["metric_per_case"]
+        cases = json.loads((output / "summary.json").read_text(encoding="utf-8"))["metric_per_case"]
         dice[name] = {Path(c["prediction_file"]).name.split(".")[0]: c["metrics"]["1"]["Dice"] for c in cases}
     names = list(dice)
-    with open(file, "w", newline="") as f:
+    with open(file, "w", encoding="utf-8", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["case", *names])
         writer.writerows([case, *(f"{dice[n][case]:.4f}" for n in names)] for case in sorted(dice[names[0]]))
@@ -193,6 +193,6 @@ def _command(arguments: tuple[str, ...], environment: dict[str, str], log: Path)
         result = subprocess.run([program, *arguments[1:]], env=environment, stdout=output, stderr=subprocess.STDOUT)
     print(f"[{time() - start:.0f} s]")
     if result.returncode:
-        tail = log.read_text(errors="replace").splitlines()[-15:]
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
         print("\n".join(tail), file=sys.stderr)
         raise InputError(f"{arguments[0]} failed with exit code {result.returncode}; all its output is in {log}")

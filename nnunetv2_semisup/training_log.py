@@ -42,7 +42,7 @@ class TrainingLog:
         """Write all rows; a key that a row lacks (a term of another stage) is an empty cell."""
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         temporary = file.with_suffix(".csv.tmp")
-        with open(temporary, "w", newline="") as f:
+        with open(temporary, "w", encoding="utf-8", newline="") as f:
             writer = csv.DictWriter(f, columns)
             writer.writeheader()
             for row in self.rows:

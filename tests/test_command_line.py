@@ -36,7 +36,7 @@ def environment(dataset) -> dict[str, str]:
 
 
 def start(dataset, *arguments) -> subprocess.Popen:
-    log = open(dataset.root / "log.txt", "a")  # noqa: SIM115 - the process outlives this function
+    log = open(dataset.root / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - the process outlives this function
     command = [str(BIN / arguments[0]), *map(str, arguments[1:])]
     return subprocess.Popen(
         command, env=environment(dataset), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -45,7 +45,7 @@ def start(dataset, *arguments) -> subprocess.Popen:
 
 def run(dataset, *arguments) -> tuple[int, str]:
     code = start(dataset, *arguments).wait(timeout=600)
-    return code, (dataset.root / "log.txt").read_text()
+    return code, (dataset.root / "log.txt").read_text(encoding="utf-8")
 
 
 def train(dataset, epochs: int, *options, configuration="3d_fullres", fold="0"):
@@ -81,7 +81,7 @@ def test_train_kill_resume_validate_predict(dataset):
     torch.save(checkpoint, fold / "checkpoint_latest.pth")
     code, log = run(dataset, *train(dataset, epochs, "--c"))
     assert code == 0, log
-    with open(fold / "semisup_log.csv") as f:
+    with open(fold / "semisup_log.csv", encoding="utf-8") as f:
         assert [r["epoch"] for r in csv.DictReader(f)][-1] == str(epochs - 1)
     final = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     before = checkpoint["semisup"]["method"]["teacher.n_averaged"]
@@ -129,7 +129,7 @@ def test_ctrl_c_with_workers_saves_and_leaves_no_process(dataset):
     wait_for(lambda: (fold / "semisup_log.csv").is_file(), process)
     os.killpg(process.pid, signal.SIGINT)
     log = dataset.root / "log.txt"
-    assert process.wait(timeout=120) == 130, log.read_text()
-    assert "Stopped by SIGINT" in log.read_text() and (fold / "checkpoint_latest.pth").is_file()
+    assert process.wait(timeout=120) == 130, log.read_text(encoding="utf-8")
+    assert "Stopped by SIGINT" in log.read_text(encoding="utf-8") and (fold / "checkpoint_latest.pth").is_file()
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)

@@ -19,7 +19,7 @@ def test_means_columns_and_repeated_epochs(tmp_path):
     log.end_epoch(1)  # repeated after a resume: replaces
     file = tmp_path / "log.csv"
     log.write_csv(file)
-    with open(file) as f:
+    with open(file, encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert [r["epoch"] for r in rows] == ["0", "1"]
     assert rows[0]["loss_a"] == "2" and rows[0]["loss_b"] == "" and rows[1]["loss_a"] == "" and rows[1]["loss_b"] == "5"

@@ -510,7 +510,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             weights = ", ".join(self.method.unsupervised_weights)
             self.print_to_log_file(f"WARNING: {weights} = 0: this run is supervised nnU-Net")
         content = {"trainer": self.base_name(), "version": __version__, **settings_module.as_json(self.settings)}
-        Path(self.output_folder, "semisup_settings.json").write_text(json.dumps(content, indent=2) + "\n")
+        Path(self.output_folder, "semisup_settings.json").write_text(
+            json.dumps(content, indent=2) + "\n", encoding="utf-8"
+        )
         self.print_to_log_file("semisup settings:", content)
 
 

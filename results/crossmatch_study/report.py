@@ -23,7 +23,7 @@ def load() -> dict[str, tuple[dict, pd.DataFrame]]:
     """name -> (record, curve), stock first."""
     order = {"stock": 0, "no_warm_up": 1}
     files = sorted(HERE.glob("*.json"), key=lambda f: (order.get(f.stem, 2), f.stem))
-    return {f.stem: (json.loads(f.read_text()), pd.read_csv(f.with_suffix(".csv"))) for f in files}
+    return {f.stem: (json.loads(f.read_text(encoding="utf-8")), pd.read_csv(f.with_suffix(".csv"))) for f in files}
 
 
 def table(runs: dict) -> str:
@@ -72,8 +72,8 @@ def draw(runs: dict, file: Path) -> None:
 def main() -> None:
     runs = load()
     draw(runs, HERE / "study.png")
-    notes = (HERE / "notes.md").read_text() if (HERE / "notes.md").is_file() else ""
-    (HERE / "README.md").write_text(f"{HEAD}{table(runs)}\n![Learning curves](study.png)\n\n{notes}")
+    notes = (HERE / "notes.md").read_text(encoding="utf-8") if (HERE / "notes.md").is_file() else ""
+    (HERE / "README.md").write_text(f"{HEAD}{table(runs)}\n![Learning curves](study.png)\n\n{notes}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def build_trainer(trainer_name: str, epochs: int, overrides: dict):
 
 
 def _published_order() -> list[str]:
-    lines = (HERE.parents[1] / "dataset_conversion" / "splits" / "la_train.txt").read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    file = HERE.parents[1] / "dataset_conversion" / "splits" / "la_train.txt"
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
 
 
 def fixed_patches(number: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +187,7 @@ def main() -> None:
     cases = {Path(result["reference_file"]).name.split(".")[0]: result["metrics"]["1"]["Dice"] for result in results}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     keys = list({key: None for row in rows for key in row})
-    with open(HERE / f"{args.name}.csv", "w", newline="") as file:
+    with open(HERE / f"{args.name}.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, keys)
         writer.writeheader()
         writer.writerows({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows)
@@ -203,7 +203,7 @@ def main() -> None:
         "commit": commit.stdout.strip(),
         "torch": torch.__version__,
     }
-    (HERE / f"{args.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (HERE / f"{args.name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ REPOSITORY = Path(__file__).parents[2]
 MARKERS = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
 
 
+def text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def results(filled, tmp_path):
     (tmp_path / "README.md").write_text(MARKERS)
@@ -26,8 +30,8 @@ def results(filled, tmp_path):
 
 def test_the_repositorys_pages_and_pictures_are_those_of_its_numbers():
     results = REPOSITORY / "results"
-    for file, text in report.texts(results).items():
-        assert file.read_text(encoding="utf-8") == text, f"{file} is stale: run {report.COMMAND}"
+    for file, expected in report.texts(results).items():
+        assert text(file) == expected, f"{file} is stale: run {report.COMMAND}"
     assert REPOSITORY / "README.md" in report.texts(results), "README.md has lost its markers"
     assert plots.stale(results) == [], f"stale pictures: run {report.COMMAND}"
 
@@ -35,23 +39,23 @@ def test_the_repositorys_pages_and_pictures_are_those_of_its_numbers():
 def test_no_results_yet(tmp_path):
     (tmp_path / "README.md").write_text(MARKERS)
     report.write(tmp_path / "results", None)
-    assert (tmp_path / "README.md").read_text() == f"before\n{report.BEGIN}\n{table.EMPTY}{report.END}\nafter\n"
-    assert (tmp_path / "results" / "README.md").read_text().endswith(table.EMPTY)
+    assert text(tmp_path / "README.md") == f"before\n{report.BEGIN}\n{table.EMPTY}{report.END}\nafter\n"
+    assert text(tmp_path / "results" / "README.md").endswith(table.EMPTY)
     assert [f.name for f in (tmp_path / "results").iterdir()] == ["README.md"] and plots.stale(
         tmp_path / "results"
     ) == []
 
 
 def test_pages(results):
-    front = (results.parent / "README.md").read_text()
+    front = text(results.parent / "README.md")
     assert front.startswith("before\n") and front.endswith("\nafter\n") and "old" not in front
     assert front.count("`nnUNetTrainerCrossMatch`") == 2
-    page = (results / "README.md").read_text()
+    page = text(results / "README.md")
     assert page.count("### Dataset9") == 3 and "A processor, 2 cores" in page
     for picture in re.findall(r"\]\((plots/.*?)\)", page):
         assert (results / picture).is_file()
     report.write(results, None)
-    assert (results.parent / "README.md").read_text() == front and (results / "README.md").read_text() == page
+    assert text(results.parent / "README.md") == front and text(results / "README.md") == page
 
 
 def test_a_readme_without_markers_is_left_alone_and_half_a_marker_is_an_error(results):
@@ -72,7 +76,7 @@ def test_changed_numbers_make_pages_and_pictures_stale(results):
     case_file.write_text("\n".join([lines[0], ",".join(changed), *lines[2:]]) + "\n")
     stale = plots.stale(results)
     assert {name.split("__")[0] for name in stale} == {"labels", "cases"} and all("904" not in name for name in stale)
-    assert report.texts(results)[results / "README.md"] != (results / "README.md").read_text()
+    assert report.texts(results)[results / "README.md"] != text(results / "README.md")
 
 
 def test_a_missing_file_of_cases_is_named(results):

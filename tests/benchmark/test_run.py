@@ -73,7 +73,7 @@ def test_a_failing_run_does_not_stop_the_others(work, tmp_path, stand_in, capsys
 
 def ended(pid: int) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as f:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as f:
             return f.read().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:
         return True

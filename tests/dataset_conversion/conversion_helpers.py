@@ -20,7 +20,7 @@ REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 def write_list(file: Path, names) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("# a source\n" + "".join(f"{name}\n" for name in names))
+    file.write_text("# a source\n" + "".join(f"{name}\n" for name in names), encoding="utf-8")
     return file
 
 

@@ -115,7 +115,7 @@ def test_wrong_input(damage, match, nnunet_raw, source, tmp_path):
             choice = "6"
         case "unknown test":
             choice = str(tmp_path / "test.txt")
-            Path(choice).write_text("volume-9\n")
+            Path(choice).write_text("volume-9\n", encoding="utf-8")
         case "nothing":
             source = tmp_path / "empty"
             source.mkdir()

@@ -92,7 +92,7 @@ def test_files(folders):
     (folders.prediction / "plans.json").write_text("{}")  # nnU-Net's own files and hidden ones are passed over
     (folders.prediction / ".c9.nii.gz").write_text("")
     rows = folders.evaluate()
-    with open(folders.output / "cases.csv", newline="") as f:
+    with open(folders.output / "cases.csv", encoding="utf-8", newline="") as f:
         written = list(csv.DictReader(f))
     assert tuple(written[0]) == COLUMNS and len(written) == len(rows) == 8
     for row, text in zip(rows, written, strict=True):

@@ -22,7 +22,7 @@ SHORT = {"num_epochs": 3, "num_iterations_per_epoch": 2, "num_val_iterations_per
 
 
 def rows(trainer) -> list[dict]:
-    with open(Path(trainer.output_folder, "semisup_log.csv")) as f:
+    with open(Path(trainer.output_folder, "semisup_log.csv"), encoding="utf-8") as f:
         return list(csv.DictReader(f))
 
 
