@@ -37,7 +37,7 @@ from nnunetv2_semisup.data.checks import (
 from nnunetv2_semisup.data.folders import write_json
 from nnunetv2_semisup.data.images import check_inside, write_image
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.data.raw import SUBFOLDERS, new_dataset_path, publish, whole_folder, write_splits
+from nnunetv2_semisup.data.raw import SUBFOLDERS, new_dataset_path, publish, write_splits
 from nnunetv2_semisup.errors import InputError
 
 FILE_ENDING = ".nii.gz"
@@ -188,13 +188,11 @@ class Options:
         processes: number of processes.
         dry_run: read and check everything, write nothing.
         previews: number of cases with a picture, evenly chosen among those with a label.
-        resumable: keep finished cases after an error or Ctrl-C, for the next call with the same arguments.
     """
 
     processes: int = 1
     dry_run: bool = False
     previews: int = 0
-    resumable: bool = True
 
 
 @dataclass(frozen=True)
@@ -231,10 +229,7 @@ def convert(recipe: Recipe, source: Path, dataset_id: int, name: str, options: O
     if options.dry_run:
         facts = run_jobs(convert_case, _jobs(recipe, None, 0), options.processes)
         return f"{target}: dry run, nothing was written\n{_report(recipe, source, facts, dataset_id)}"
-    unfinished = (
-        _kept_folder(target, _fingerprint(recipe, source, options)) if options.resumable else whole_folder(target)
-    )
-    with unfinished as folder:
+    with _kept_folder(target, _fingerprint(recipe, source, options)) as folder:
         facts = run_jobs(convert_case, _jobs(recipe, folder, options.previews), options.processes)
         write_dataset_json(
             folder, recipe.channels, recipe.labels, len(labelled), recipe.file_ending,
@@ -248,7 +243,7 @@ def convert(recipe: Recipe, source: Path, dataset_id: int, name: str, options: O
 
 def convert_case(job: Job) -> Facts:
     """Read, check and write one case, unless an earlier call has done it."""
-    case, record = job.case, None
+    case = job.case
     state = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in _files(case)]
     if job.folder:
         record = job.folder / RECORDS / f"{case.name}.json"
@@ -269,8 +264,7 @@ def convert_case(job: Job) -> Facts:
             from nnunetv2_semisup.data.preview import save_preview
 
             save_preview(image, label, job.folder / "previews" / f"{case.name}.png", f"{case.name} ({case.role})")
-        if record.parent.is_dir():
-            write_json(record, {"state": state, "facts": asdict(facts)})
+        write_json(record, {"state": state, "facts": asdict(facts)})
     return facts
 
 
@@ -309,7 +303,7 @@ def _jobs(recipe: Recipe, folder: Path | None, previews: int) -> list[Job]:
 
 @contextlib.contextmanager
 def _kept_folder(target: Path, fingerprint: str) -> Iterator[Path]:
-    """Like ``whole_folder``, but what is finished stays for the next call with the same fingerprint."""
+    """A folder that becomes ``target`` when all is well; else the finished cases stay for the next same call."""
     folder = target.with_name(f".unfinished_{target.name}")
     folder.mkdir(exist_ok=True)
     lock = FileLock(str(folder / ".lock"))
@@ -411,10 +405,10 @@ def make_parser(description: str, name: str, labelled_help: str, source_help: st
     return parser
 
 
-def options_of(given: argparse.Namespace, resumable: bool = True) -> Options:
+def options_of(given: argparse.Namespace) -> Options:
     if given.previews < 0:
         raise InputError(f"--previews {given.previews}: give 0 or more")
-    return Options(given.np, given.dry_run, given.previews, resumable)
+    return Options(given.np, given.dry_run, given.previews)
 
 
 def run_command(function: Callable[[], str]) -> int:

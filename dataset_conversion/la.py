@@ -235,9 +235,7 @@ def convert(
     spacing: Sequence[float] | None = None,
     allow_missing_test: bool = False,
     name: str = "LA",
-    processes: int = 1,
-    dry_run: bool = False,
-    previews: int = 0,
+    options: Options | None = None,
 ) -> str:
     """Convert the data set; see the module's text for what is read and written.
 
@@ -248,15 +246,13 @@ def convert(
         spacing: for the h5 form: one or three numbers (x, y, z) in mm; None = 0.625 mm.
         allow_missing_test: convert the test cases that are there.
         name: the dataset is called ``DatasetXXX_name``.
-        processes: number of processes.
-        dry_run: read and check only.
-        previews: number of pictures.
+        options: processes, dry run, previews.
 
     Returns:
         a summary for people.
 
     Raises:
-        InputError: something given is wrong; nothing is left behind.
+        InputError: something given is wrong; no dataset has appeared.
     """
     common.new_dataset_path(dataset_id, name)
     folder = check_source(source)
@@ -274,9 +270,7 @@ def convert(
         spacing_note=spacing_note(form, spacing is not None),
         role_notes={TEST: missing},
     )
-    # A hundred small scans take a minute: an interrupted run leaves nothing behind.
-    options = Options(processes, dry_run, previews, resumable=False)
-    return common.convert(recipe, folder, dataset_id, name, options)
+    return common.convert(recipe, folder, dataset_id, name, options or Options())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -299,9 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.spacing,
             given.allow_missing_test,
             given.name,
-            given.np,
-            given.dry_run,
-            given.previews,
+            common.options_of(given),
         )
     )
 

@@ -123,12 +123,12 @@ def files_under(folder: Path) -> set[str]:
 
 
 def refuse(raw: Path, match: str, *arguments, **options) -> None:
-    """``la.convert`` must raise an InputError of one line and leave ``raw`` as it was."""
-    before = sorted(path.name for path in raw.iterdir())
+    """``la.convert`` must raise an InputError of one line and change nothing that nnU-Net sees."""
+    before = sorted(raw.glob("[!.]*"))
     with pytest.raises(InputError, match=match) as caught:
         la.convert(*arguments, **options)
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in raw.iterdir()) == before
+    assert sorted(raw.glob("[!.]*")) == before
 
 
 # --- what is written ------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ def test_spacing_is_refused_where_headers_have_it(raw, tmp_path):
 
 
 def test_number_of_processes_is_checked(raw, source):
-    refuse(raw, "-np 0", source, 508, "2", processes=0)
+    refuse(raw, "-np 0", source, 508, "2", options=common.Options(processes=0))
 
 
 # --- damaged files --------------------------------------------------------------------------------------------------
@@ -496,20 +496,12 @@ def test_damaged_nrrd(kind, match, raw, tmp_path):
     refuse(raw, f"C2/{match}", tmp_path / "source", 508, "2")
 
 
-def test_unfinished_folder_is_invisible_to_nnunet(raw):
-    with common.whole_folder(raw / "Dataset508_LA") as folder:
-        assert folder.parent == raw
-        assert list(find_candidate_datasets(508)) == []
-        assert not folder.name.startswith("Dataset")
-    assert list(find_candidate_datasets(508)) == ["Dataset508_LA"]
-
-
 def test_target_that_appears_meanwhile_is_left_alone(raw, source, monkeypatch):
     write = common.write_splits
     monkeypatch.setattr(common, "write_splits", lambda *a: ((raw / "Dataset508_LA").mkdir(), write(*a)))
     with pytest.raises(InputError, match="has appeared"):
         la.convert(source, 508, "2")
-    assert [path.name for path in raw.iterdir()] == ["Dataset508_LA"]
+    assert [path.name for path in raw.glob("[!.]*")] == ["Dataset508_LA"]
     assert list((raw / "Dataset508_LA").iterdir()) == []
 
 
@@ -535,18 +527,23 @@ def test_main_reports_wrong_input_in_one_line(raw, source, capsys):
     assert captured.out == "" and captured.err.startswith("error: -d 0: ") and captured.err.count("\n") == 1
 
 
-def test_interruption_leaves_nothing(raw, source, capsys, monkeypatch):
-    read = la.read_h5_case
+def test_an_interrupted_run_goes_on(raw, source, capsys, monkeypatch):
+    read, calls = la.read_h5_case, []
 
     def interrupted(folder, *arguments):
-        if folder.name == "C3":
+        calls.append(folder.name)
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return read(folder, *arguments)
 
     monkeypatch.setattr(la, "read_h5_case", interrupted)
-    assert la.main(["--source", str(source), "-d", "508", "--labeled", "2", "-np", "1"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-    assert list(raw.iterdir()) == []
+    arguments = ["--source", str(source), "-d", "508", "--labeled", "2", "-np", "1"]
+    assert la.main(arguments) == 130
+    assert "2 cases are finished and kept" in capsys.readouterr().err
+    assert list(find_candidate_datasets(508)) == [], "nnU-Net does not see the unfinished folder"
+    assert la.main(arguments) == 0
+    assert len(calls) == len(TRAIN + TEST) + 1 and set(calls) == set(TRAIN + TEST), "two cases were not read again"
+    assert [path.name for path in raw.iterdir()] == list(find_candidate_datasets(508)) == ["Dataset508_LA"]
 
 
 def run_script(raw: Path, source: Path, cwd: Path) -> subprocess.CompletedProcess:
@@ -567,7 +564,7 @@ def test_script_with_several_processes_and_the_published_lists(raw, tmp_path):
     failed = run_script(raw, source, tmp_path)
     assert failed.returncode == 2
     assert re.fullmatch(rf"error: .*{train[-1]}.*damaged.*", failed.stderr.splitlines()[-1])
-    assert list(raw.iterdir()) == []
+    assert list(raw.glob("Dataset*")) == []
 
     (source / train[-1] / "mri_norm2.h5").write_bytes(intact)
     done = run_script(raw, source, tmp_path)
