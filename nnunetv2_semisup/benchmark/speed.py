@@ -112,6 +112,8 @@ def random_batch(trainer: nnUNetTrainer, seed: int = 0) -> dict:
         count = trainer._unlabeled_batch_size()
         data = torch.randn((count, *size[1:]), generator=generator)
         batch["unlabelled"] = {"data": data, "keys": ["case"] * count}
+        if transform := trainer.method.labelled_transform():
+            batch |= transform(batch)
     return batch
 
 

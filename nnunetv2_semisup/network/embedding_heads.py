@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,18 @@ def windows(cells: Tensor) -> Tensor:
     return cells.flatten(1, dims).flatten(2)
 
 
+class GridFeatures(NamedTuple):
+    """Decoder features at the N = B * x * y * z voxels of the grid.
+
+    Attributes:
+        narrow: (N, C) the levels with at most F channels, side by side.
+        wide: (N, F) the sum of the other levels, each projected; None without such levels.
+    """
+
+    narrow: Tensor
+    wide: Tensor | None
+
+
 class RepresentationHead(nn.Module):
     """An embedding per voxel of the grid of the second highest decoder level, from all decoder levels.
 
@@ -67,34 +80,44 @@ class RepresentationHead(nn.Module):
         """Every ``step``-th voxel of (B, ..., X, Y, Z): from full resolution to the grid."""
         return full[(..., *(slice(None, None, step) for step in self.step))]
 
-    def hidden(self, maps: list[Tensor]) -> Tensor:
-        """(B, x, y, z, F) after the ReLU.
+    def on_grid(self, maps: list[Tensor]) -> GridFeatures:
+        """What the layers per voxel start from; nothing as large as the grid is kept for the backward pass.
 
         Args:
             maps: decoder levels (B, C, X, Y, Z), the highest one first and already thinned.
         """
         grid = maps[0].shape[2:]
         narrow = [_resize(m, grid) for m, wide in zip(maps, self.is_wide, strict=True) if not wide]
-        total = self.narrow(torch.cat(narrow, 1).movedim(1, -1))
         wide = [m for m, wide in zip(maps, self.is_wide, strict=True) if wide]
-        for layer, features in zip(self.wide, wide, strict=True):
-            projected = layer(features.movedim(1, -1)).movedim(-1, 1)
-            total = total + _resize(projected, grid).movedim(1, -1)
-        return torch.relu_(total)
+        projected = [layer(m.movedim(1, -1)).movedim(-1, 1) for layer, m in zip(self.wide, wide, strict=True)]
+        total = sum(_resize(m, grid) for m in projected)
+        return GridFeatures(_rows(torch.cat(narrow, 1)), _rows(total) if projected else None)
 
-    def class_means(self, hidden: Tensor, members: Tensor) -> Tensor:
+    @torch.no_grad()
+    def class_means(self, features: GridFeatures, members: Tensor) -> Tensor:
         """(K, F) float32 mean embedding of the voxels of each class; ``members`` (K, B * x * y * z) bool.
 
-        The last layer is linear, so it is applied to the means.
+        Without gradient: it needs every voxel. The last layer is linear, so it is applied to the means.
         """
+        hidden = self.narrow(features.narrow)
+        if features.wide is not None:
+            hidden += features.wide
         with torch.autocast(hidden.device.type, enabled=False):
-            sums = members.float() @ hidden.flatten(0, -2).float()
+            sums = members.float() @ torch.relu_(hidden).float()
             return self.last(sums / members.sum(1, keepdim=True).clamp(min=1))
 
-    def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
+    def rows(self, features: GridFeatures, positions: Tensor) -> Tensor:
         """(*positions.shape, F) float32 embeddings at ``positions`` int64 in [0, B * x * y * z)."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.last(hidden.flatten(0, -2)[positions].float())
+        with torch.autocast(features.narrow.device.type, enabled=False):
+            hidden = self.narrow(features.narrow[positions].float())
+            if features.wide is not None:
+                hidden = hidden + features.wide[positions].float()
+            return self.last(torch.relu(hidden))
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """(B, C, X, Y, Z) to (B * X * Y * Z, C)."""
+    return maps.movedim(1, -1).flatten(0, -2)
 
 
 def _resize(maps: Tensor, grid: Sequence[int]) -> Tensor:

@@ -23,7 +23,14 @@ from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, confidence_weighte
 from nnunetv2_semisup.losses.soft_negatives import soft_negative_distillation
 from nnunetv2_semisup.memory.queue import Queue, random_unit_rows
 from nnunetv2_semisup.network import taps
-from nnunetv2_semisup.network.embedding_heads import RepresentationHead, mlp, pool_cells, window_edges, windows
+from nnunetv2_semisup.network.embedding_heads import (
+    GridFeatures,
+    RepresentationHead,
+    mlp,
+    pool_cells,
+    window_edges,
+    windows,
+)
 from nnunetv2_semisup.perturbations.jitter import apply_jitter, draw_jitter
 from nnunetv2_semisup.perturbations.mixing import draw_class_masks, draw_half_plane_boxes
 from nnunetv2_semisup.schedules import stage_bounds
@@ -100,12 +107,12 @@ class Voxels(NamedTuple):
     """The voxels of labelled and mixed patches, in this order (B in all), on the grid of the second decoder level.
 
     Attributes:
-        hidden: (B, x, y, z, F) of the representation head, carries the gradient.
+        features: what the representation head works on, carries the gradient.
         members: (K, B * x * y * z) bool, voxels of each class; voxels without label or confidence are in none.
         hard: the same shape, those that the student gives to their class with less than hard_threshold.
     """
 
-    hidden: Tensor
+    features: GridFeatures
     members: Tensor
     hard: Tensor
 
@@ -363,7 +370,7 @@ class ACTION(SemiSupMethod):
         p = class_probabilities(probabilities(head.thin(logits), self.task.has_regions), self.task.has_regions)
         own = p.gather(1, classes.clamp(min=0)[:, None])[:, 0]
         hard = members & (own < self.settings.hard_threshold).flatten()
-        return Voxels(head.hidden(maps), members, hard)
+        return Voxels(head.on_grid(maps), members, hard)
 
     def _members(self, classes: Tensor) -> Tensor:
         """(K, B * x * y * z) bool: the voxels of each class on the grid, of full-resolution (B, X, Y, Z) classes."""
@@ -387,9 +394,9 @@ class ACTION(SemiSupMethod):
         chosen, has_queries = draw_voxels(voxels.hard, s.queries)
         with torch.no_grad():
             pool, present = draw_voxels(voxels.members, CANDIDATES)
-            candidates = head.rows(voxels.hidden, pool)
-            means = head.class_means(voxels.hidden, voxels.members)
-        queries = head.rows(voxels.hidden, chosen)
+            candidates = head.rows(voxels.features, pool)
+            means = head.class_means(voxels.features, voxels.members)
+        queries = head.rows(voxels.features, chosen)
         self._diagnostics["share_hard"] = voxels.hard.sum() / voxels.members.sum().clamp(min=1)
         self._diagnostics["share_of_classes_present"] = present.float().mean()
         tau = self.contrast_temperature(progress)

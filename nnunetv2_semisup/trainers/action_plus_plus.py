@@ -118,7 +118,7 @@ class ACTIONPlusPlus(ACTION):
         positions, present = draw_voxels(self._members(classes), self.settings.voxels)
         head = self.teacher_representation.module
         _, levels = taps.decode_levels(self.teacher.module, taps.encode(self.teacher.module, images))
-        rows = head.rows(head.hidden(thinned(head, levels)), positions)
+        rows = head.rows(head.on_grid(thinned(head, levels)), positions)
         return Reference(positions, present, F.normalize(rows, dim=2))
 
     def _contrasts(
@@ -133,7 +133,7 @@ class ACTIONPlusPlus(ACTION):
     def _adaptive_contrast(self, voxels: Voxels, reference: Reference, temperature: float) -> Tensor:
         """Voxels of the labelled patches: teacher embeddings of the same class and the class's centre attract."""
         positions, present, teacher = reference
-        student = self.representation.rows(voxels.hidden, positions)  # labelled patches come first there
+        student = self.representation.rows(voxels.features, positions)  # labelled patches come first there
         classes = torch.arange(self.classes, device=present.device)
         labels = torch.where(present, classes, -1)[:, None].expand(positions.shape)
         self._contrasted = (F.normalize(student.detach(), dim=2).sum(1) * present[:, None], present, teacher, labels)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nnunetv2_semisup import discovery
 from nnunetv2_semisup.benchmark import speed
 from nnunetv2_semisup.benchmark.run import Options, _training_seconds
 
@@ -43,10 +44,11 @@ def test_peak_on_the_cpu_is_what_a_step_holds_at_once():
     assert speed._peak_on_cpu(trainer, batch, 0.5) == pytest.approx((2 + 0.25 + 12) * MIB, rel=0.01)
 
 
+@pytest.mark.parametrize("name", discovery.trainers())
 @pytest.mark.parametrize("kind", ["regions", "4 classes"])
-def test_random_batches_fit(datasets, use, kind):
+def test_random_batches_fit(datasets, use, kind, name):
     dataset = use(datasets(kind))
-    trainer = speed.build(dataset.name, "2d", "nnUNetPlans", "nnUNetTrainerMeanTeacher", "cpu")
+    trainer = speed.build(dataset.name, "2d", "nnUNetPlans", name, "cpu")
     speed.step(trainer, speed.random_batch(trainer), 0.9)
     assert trainer.current_epoch == int(0.9 * trainer.num_epochs)
 

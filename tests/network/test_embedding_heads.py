@@ -63,11 +63,11 @@ def test_representation_head_is_interpolate_concatenate_then_a_layer_per_voxel(c
     weight = torch.cat([head.narrow.weight, *(layer.weight for layer in head.wide)], 1)
     rows = torch.cat(narrow + wide, 1).movedim(1, -1).flatten(0, -2)
     expected = head.last(torch.relu(rows @ weight.T + head.narrow.bias))
-    hidden = head.hidden(thinned)
-    torch.testing.assert_close(head.rows(hidden, torch.arange(len(rows))), expected, rtol=1e-4, atol=1e-5)
+    features = head.on_grid(thinned)
+    torch.testing.assert_close(head.rows(features, torch.arange(len(rows))), expected, rtol=1e-4, atol=1e-5)
     members = torch.rand(3, len(rows)) < 0.3
     members[2] = False
-    means = head.class_means(hidden, members)
+    means = head.class_means(features, members)
     torch.testing.assert_close(means[0], expected[members[0]].mean(0), rtol=1e-4, atol=1e-5)
     assert torch.isfinite(means).all()
 
