@@ -7,6 +7,7 @@ is stock ``nnUNetTrainer`` where all of these are equal.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from nnunetv2_semisup.evaluation.metrics import METRICS
 BASELINE = "nnUNetTrainer"
 #: What must be equal for two trainers to be compared.
 SETTING = ("dataset", "labeled", "configuration", "plans", "epochs", "steps", "fold", "inference", "postprocessing")
-MACHINE = ("device", "hardware", "threads", "loader_processes")
 EMPTY = "No results yet.\n"
 
 
@@ -39,7 +39,7 @@ class Comparison:
             baseline, as is what follows.
         p: Wilcoxon's signed-rank test of these differences, two-sided.
         verdict: see :func:`verdict`.
-        cost: median seconds per step over the baseline's, if measured on equal machines.
+        cost: a step's time over the stock step's; NaN where no row of ``speed.csv`` is of the runs' machine.
     """
 
     setting: dict
@@ -65,7 +65,7 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         runs = pd.read_csv(results / "runs.csv", dtype=dict.fromkeys(texts, str))
     except ValueError as error:  # pandas' own and UnicodeDecodeError
         raise InputError(f"{results / 'runs.csv'} is damaged ({error}): bring it back from git") from None
-    needed = {"run", "trainer", "seed", "seconds_per_step", "failures", *texts, *SETTING, *MACHINE, *METRICS}
+    needed = {"run", "trainer", "seed", "failures", "threads", *texts, *SETTING, *METRICS}
     if missing := sorted(needed - set(runs.columns)):
         raise InputError(f"{results / 'runs.csv'} is damaged, it has no column {missing[0]}: bring it back from git")
     runs[texts] = runs[texts].fillna("")
@@ -80,8 +80,13 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return runs, pd.concat(cases, ignore_index=True) if cases else pd.DataFrame()
 
 
-def compare(runs: pd.DataFrame, cases: pd.DataFrame) -> list[Comparison]:
-    """All comparisons, ordered by setting, the baseline first."""
+def compare(runs: pd.DataFrame, cases: pd.DataFrame, speeds: Sequence[dict] = ()) -> list[Comparison]:
+    """All comparisons, ordered by setting, the baseline first.
+
+    Args:
+        runs, cases: see :func:`read`.
+        speeds: rows of ``speed.csv``.
+    """
     if runs.empty:
         return []
     cases = cases.merge(runs[["run", "trainer", "seed", *SETTING]], on=["run", "inference", "postprocessing"])
@@ -110,7 +115,7 @@ def compare(runs: pd.DataFrame, cases: pd.DataFrame) -> list[Comparison]:
                     difference=difference,
                     p=p,
                     verdict=verdict(difference, baseline["dice"].std(ddof=1)),
-                    cost=_cost(of_trainer, baseline) if trainer != BASELINE else math.nan,
+                    cost=math.nan if trainer == BASELINE else _cost(of_trainer, setting, speeds),
                 )
             )
     return sorted(comparisons, key=_order)
@@ -160,12 +165,17 @@ def _dice_per_case(rows: pd.DataFrame) -> pd.Series:
     return by_run.groupby("case").mean()  # over seeds
 
 
-def _cost(method: pd.DataFrame, baseline: pd.DataFrame) -> float:
-    """Median seconds per step over the baseline's; NaN unless both ran on one and the same kind of machine."""
-    machines = pd.concat([method, baseline])[list(MACHINE)].drop_duplicates()
-    if baseline.empty or len(machines) != 1:
-        return math.nan
-    return float(method["seconds_per_step"].median() / baseline["seconds_per_step"].median())
+def _cost(runs: pd.DataFrame, setting: dict, speeds: Sequence[dict]) -> float:
+    """Ratio measured in one process, steps taking turns: the runs' own seconds hold whatever else the machine did."""
+    run = runs.iloc[0]
+    here = {key: str(run[key]) for key in ("trainer", "configuration", "plans", "device", "hardware", "threads")}
+    here["compiled"] = str(run["device"] == "cuda")
+    ratios = [
+        float(speed["step_ratio"])
+        for speed in speeds
+        if family(speed["dataset"]) == family(setting["dataset"]) and all(str(speed[k]) == v for k, v in here.items())
+    ]
+    return float(np.median(ratios)) if ratios else math.nan
 
 
 def _order(comparison: Comparison) -> tuple:

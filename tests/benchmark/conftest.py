@@ -79,8 +79,7 @@ def filled(work):
                 dice = np.clip(quality[labeled] + more + cases + rng.normal(0, 0.02, len(CASES)), 0, 0.99)
                 inference = ("nnunet", "literature")
                 run = make_run(dataset=f"Dataset9{labeled:02d}_Tiny", trainer=trainer, seed=seed, inference=inference)
-                cost = 0.2 * (1 + 10 * more) * math.exp(rng.normal(0, 0.01))
-                records.write(work.record(run), make_record(run, dice.tolist(), labeled=labeled, seconds_per_step=cost))
+                records.write(work.record(run), make_record(run, dice.tolist(), labeled=labeled))
     return work
 
 

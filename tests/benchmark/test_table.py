@@ -85,12 +85,20 @@ def test_labels_are_averaged_within_a_case_first(work, tmp_path):
     assert method.difference == pytest.approx(0.1) and method.masks == 4
 
 
-def test_step_cost_needs_equal_machines(work, tmp_path):
-    runs = (make_run(), [0.5, 0.6]), (make_run(trainer=METHOD), [0.5, 0.7])
-    store(work, tmp_path, runs[0], seconds_per_step=0.1)
-    assert store(work, tmp_path, runs[1], seconds_per_step=0.25)[1].cost == pytest.approx(2.5)
-    assert math.isnan(store(work, tmp_path, runs[1], seconds_per_step=0.25, hardware="Another")[1].cost)
-    assert math.isnan(store(work, tmp_path, runs[1], seconds_per_step=0.25, threads=2)[1].cost)
+def test_step_cost_is_that_measured_in_one_process_on_the_machine_of_the_run(work, tmp_path):
+    store(work, tmp_path, (make_run(), [0.5, 0.6]), seconds_per_step=0.1)
+    store(work, tmp_path, (make_run(trainer=METHOD), [0.5, 0.7]), seconds_per_step=0.1)
+    same = {"trainer": METHOD, "configuration": "3d_fullres", "plans": "cpu", "device": "cpu", "threads": "1"}
+    same |= {"dataset": "Dataset990_Tiny", "hardware": "A processor, 2 cores", "compiled": "False", "step_ratio": "2.5"}
+
+    def cost(**changes) -> float:
+        stock, method = table.compare(*table.read(tmp_path), [{**same, **changes}])[:2]
+        assert math.isnan(stock.cost)
+        return method.cost
+
+    assert cost() == 2.5, "another number of labelled cases does not change a step"
+    for key in set(same) - {"step_ratio"}:
+        assert math.isnan(cost(**{key: "Dataset990_Other" if key == "dataset" else "another"})), key
 
 
 def test_other_settings_are_no_baseline(work, tmp_path):
