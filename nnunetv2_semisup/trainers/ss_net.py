@@ -1,7 +1,8 @@
 """SS-Net: predictions that adversarial noise cannot move, and features that gather around prototypes of their class.
 
 Reference: Wu, Wu, Wu, Ge & Cai, "Exploring Smoothness and Class-Separation for Semi-supervised Medical Image
-Segmentation", MICCAI 2022, doi 10.1007/978-3-031-16443-9_4, arXiv 2203.01324; released code.
+Segmentation", MICCAI 2022, doi 10.1007/978-3-031-16443-9_4, arXiv 2203.01324; released code. Readings and
+deviations: docs/methods/ss_net.md.
 """
 
 from __future__ import annotations
@@ -85,21 +86,6 @@ class SSNet(SemiSupMethod):
     the labelled pass comes first and is back-propagated last; its graph waits, so peak memory is twice a stock step's
     activations. Cost: a clean pass (3 units per patch), the search of the noise (2, no weight gradients) and a pass
     under noise (3), on twice the patches: 16/3 = 5.3 stock steps.
-
-    Readings and deviations:
-
-    - The clean target is the prediction of the pass that trains (the code makes another pass): the same for networks
-      without dropout and batch norm, nnU-Net's default. Batch norm's running statistics ignore the noisy passes.
-    - The two streams are separate passes, so ``per_class_squared`` sums over one of them, not over both; its two terms
-      are averaged. ``joint_linear`` of softmax is additive over voxels, hence exactly the published one.
-    - Only rows that can contribute enter the heads (classes with two prototypes and two voxels at least; in the code
-      all voxels do, background included, and shape the batch statistics), and at most ``cs_max_rows`` of them, drawn
-      evenly, also as candidates for prototypes. The background has no selector; the code's is never used.
-    - Regions: a class is a region, its voxels those above 0.5; nothing is background. Voxels without a label (ignore
-      label) are neither prototypes nor labelled features; the smoothness term uses them.
-    - Several processes: each has its own prototypes and batch statistics of the heads, from its own patches; those of
-      rank 0 are saved. Prototypes live for one step, so sharing them would buy more samples only.
-    - The ramp rises at every step (published: every 150).
     """
 
     settings_class = SSNetSettings
