@@ -43,13 +43,13 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe, choose_labelled, read_list, require_present
+from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.h5 import array_to_image, check_spacing, read_h5_arrays, require_h5py
+from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, VALIDATION, check_image, check_label
 from nnunetv2_semisup.data.images import check_source, read_image, same_geometry, walk
 from nnunetv2_semisup.errors import InputError
 
-LISTS = common.LISTS
 LABELS = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}
 ASSUMED_SPACING = (1.5625, 1.5625, 10.0)  # mm; of the h5 form, see above
 FRAMES = {"ED": "01", "ES": "02"}  # frame numbers in the h5 form

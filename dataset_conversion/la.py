@@ -45,13 +45,13 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe, choose_labelled, read_list
+from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.h5 import array_to_image, check_spacing, read_h5_arrays, require_h5py
+from dataset_conversion.lists import LISTS, choose_labelled, read_list
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_image, check_label
 from nnunetv2_semisup.data.images import check_source, read_image, same_geometry
 from nnunetv2_semisup.errors import InputError
 
-LISTS = common.LISTS
 LABELS = {"background": 0, "left atrium": 1}
 STATED_SPACING = (0.625, 0.625, 0.625)  # mm, challenge description
 FILES = {"h5": ("mri_norm2.h5", "mri_norm2.h5"), "nrrd": ("lgemri.nrrd", "laendo.nrrd")}  # image, label

@@ -27,7 +27,8 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe, choose_labelled, choose_test, require_present
+from dataset_conversion.common import Case, Options, Recipe
+from dataset_conversion.lists import choose_labelled, choose_test, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_label
 from nnunetv2_semisup.data.images import align_label, check_source, orientation, read_image, walk
 from nnunetv2_semisup.errors import InputError

@@ -42,8 +42,9 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe, choose_labelled, read_list, require_present
+from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.h5 import array_to_image, read_h5_arrays, require_h5py
+from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_image, check_label
 from nnunetv2_semisup.data.images import (
     align_label,
@@ -56,7 +57,6 @@ from nnunetv2_semisup.data.images import (
 )
 from nnunetv2_semisup.errors import InputError
 
-LISTS = common.LISTS
 LABELS = {"background": 0, "pancreas": 1}
 DUPLICATES = ("0025", "0070")
 FORMS = {

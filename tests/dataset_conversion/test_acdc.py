@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 from conversion_helpers import REAL_DATA, names, read, refuse, verify, write_list
 
-from dataset_conversion import acdc, common
+from dataset_conversion import acdc, lists
 from dataset_conversion.common import Options
 from nnunetv2_semisup.data.images import same_geometry
 
@@ -234,10 +234,10 @@ def test_dry_run_writes_nothing_but_finds_faults(raw, tmp_path):
 
 
 def test_published_lists():
-    lists = {name: common.read_list(common.LISTS / f"acdc_{name}.txt") for name in ("train", "val", "test")}
-    assert [len(patients) for patients in lists.values()] == [70, 10, 20]
-    assert set().union(*lists.values()) == {f"patient{number:03d}" for number in range(1, 101)}
-    first = [patient[-3:] for patient in lists["train"][:14]]
+    published = {name: lists.read_list(lists.LISTS / f"acdc_{name}.txt") for name in ("train", "val", "test")}
+    assert [len(patients) for patients in published.values()] == [70, 10, 20]
+    assert set().union(*published.values()) == {f"patient{number:03d}" for number in range(1, 101)}
+    first = [patient[-3:] for patient in published["train"][:14]]
     assert " ".join(first) == "099 038 050 100 058 021 049 020 072 040 060 089 004 056"
 
 
@@ -282,5 +282,5 @@ def test_real_packages(nnunet_raw, tmp_path, monkeypatch):
 @pytest.mark.slow
 @needs_real_data
 def test_all_real_packages(nnunet_raw, tmp_path, monkeypatch):
-    roles = {name: common.read_list(common.LISTS / f"acdc_{name}.txt") for name in ("train", "val")}
+    roles = {name: lists.read_list(lists.LISTS / f"acdc_{name}.txt") for name in ("train", "val")}
     convert_real(nnunet_raw, tmp_path, monkeypatch, {**roles, "test": []}, "all")

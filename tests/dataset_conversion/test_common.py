@@ -13,7 +13,7 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset_conversion import common
+from dataset_conversion import common, lists
 from dataset_conversion.common import Case, Options, Recipe
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
 from nnunetv2_semisup.data.images import read_image
@@ -105,12 +105,12 @@ def test_two_conversions_at_once(nnunet_raw, source):
 def test_random_division(number, data):
     cases = [f"case{i}" for i in range(number)]
     size, seed = data.draw(st.integers(0, number - 1)), data.draw(st.integers(0, 3))
-    train, test = common.choose_test(str(size), cases, seed)
+    train, test = lists.choose_test(str(size), cases, seed)
     assert len(test) == size and sorted(train + test) == sorted(cases)
-    assert (train, test) == common.choose_test(str(size), cases[::-1], seed)
+    assert (train, test) == lists.choose_test(str(size), cases[::-1], seed)
 
 
 def test_labelled_choice():
-    assert common.choose_labelled("all", ["a", "b"]) == ["a", "b"]
+    assert lists.choose_labelled("all", ["a", "b"]) == ["a", "b"]
     with pytest.raises(InputError, match="must be 1 to 2"):
-        common.choose_labelled("3", ["a", "b"])
+        lists.choose_labelled("3", ["a", "b"])

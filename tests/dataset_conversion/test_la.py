@@ -28,7 +28,7 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from dataset_conversion import common, la
+from dataset_conversion import common, la, lists
 from nnunetv2_semisup.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -556,7 +556,7 @@ def run_script(raw: Path, source: Path, cwd: Path) -> subprocess.CompletedProces
 
 def test_script_with_several_processes_and_the_published_lists(raw, tmp_path):
     splits = ROOT / "dataset_conversion" / "splits"
-    train, test = common.read_list(splits / "la_train.txt"), common.read_list(splits / "la_test.txt")
+    train, test = lists.read_list(splits / "la_train.txt"), lists.read_list(splits / "la_test.txt")
     source = tmp_path / "source"
     content = make_source("h5", source, train + test)
     intact = (source / train[-1] / "mri_norm2.h5").read_bytes()
@@ -629,7 +629,7 @@ def test_a_file_cut_anywhere_is_never_read_wrongly(form, share, tmp_path):
 
 def test_published_lists():
     splits = ROOT / "dataset_conversion" / "splits"
-    train, test = common.read_list(splits / "la_train.txt"), common.read_list(splits / "la_test.txt")
+    train, test = lists.read_list(splits / "la_train.txt"), lists.read_list(splits / "la_test.txt")
     assert (len(train), len(test)) == (80, 20)
     assert not set(train) & set(test)
     assert (train[0], train[7], train[15]) == ("06SR5RBREL16DQ6M8LWS", "38CWS74285MFGZZXR09Z", "5BHTH9RHH3PQT913I59W")

@@ -15,7 +15,7 @@ from dicom_series import make_ct, write_series
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization, ZScoreNormalization
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
-from dataset_conversion import common, pancreas_ct
+from dataset_conversion import lists, pancreas_ct
 from nnunetv2_semisup.data.images import same_geometry
 
 pytestmark = pytest.mark.filterwarnings("ignore:One patient only")
@@ -192,16 +192,16 @@ def test_main(raw, tmp_path, capsys):
 
 
 def test_published_lists():
-    lists = {
-        f"{variant}_{part}": common.read_list(common.LISTS / f"pancreas_{variant}_{part}.txt")
+    published = {
+        f"{variant}_{part}": lists.read_list(lists.LISTS / f"pancreas_{variant}_{part}.txt")
         for variant in "ab"
         for part in ("train", "test")
     }
-    assert {name: len(numbers) for name, numbers in lists.items()} == {
+    assert {name: len(numbers) for name, numbers in published.items()} == {
         "a_train": 62, "a_test": 20, "b_train": 62, "b_test": 18
     }  # fmt: skip
     everything = {f"{number:04d}" for number in range(1, 83)}
-    assert {*lists["a_train"], *lists["a_test"]} == everything
-    assert {*lists["b_train"], *lists["b_test"]} == everything - set(pancreas_ct.DUPLICATES)
-    assert " ".join(lists["a_train"][:12]) == "0057 0018 0062 0031 0020 0017 0032 0079 0061 0064 0070 0019"
-    assert lists["b_train"] == sorted(lists["b_train"]) and lists["b_train"][11] == "0012"
+    assert {*published["a_train"], *published["a_test"]} == everything
+    assert {*published["b_train"], *published["b_test"]} == everything - set(pancreas_ct.DUPLICATES)
+    assert " ".join(published["a_train"][:12]) == "0057 0018 0062 0031 0020 0017 0032 0079 0061 0064 0070 0019"
+    assert published["b_train"] == sorted(published["b_train"]) and published["b_train"][11] == "0012"

@@ -1,0 +1,87 @@
+"""Which cases are labelled, unlabelled and for testing: published lists, the user's, or a seeded choice."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunetv2_semisup.errors import InputError
+
+LISTS = Path(__file__).resolve().parent / "splits"
+
+
+def read_list(path: Path) -> list[str]:
+    """Read a case list: one ID per line; blank lines and lines starting with ``#`` are skipped.
+
+    Raises:
+        InputError: the file cannot be read or names a case twice.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the case list cannot be read ({error})") from error
+    cases = [line for line in lines if line and not line.startswith("#")]
+    twice = sorted({case for case in cases if cases.count(case) > 1})
+    if twice:
+        raise InputError(f"{path}: listed more than once: {', '.join(twice)}; name each case once")
+    return cases
+
+
+def choose_labelled(choice: str, train: Sequence[str]) -> list[str]:
+    """The labelled cases, or patients.
+
+    Args:
+        choice: a number N (the first N of ``train``, as in the literature), "all", or a file naming cases of ``train``.
+        train: IDs of all training cases, in published order.
+
+    Returns:
+        at least one ID; the rest of ``train`` is unlabelled.
+    """
+    if choice == "all":
+        return list(train)
+    if re.fullmatch(r"[+-]?\d+", choice):
+        number = int(choice)
+        if not 1 <= number <= len(train):
+            raise InputError(f"--labeled {choice}: the number of labelled cases must be 1 to {len(train)}")
+        return list(train[:number])
+    labelled = read_list(Path(choice))
+    if not labelled:
+        raise InputError(f"--labeled {choice}: the list names no case, at least 1 is needed")
+    unknown = sorted(set(labelled) - set(train))
+    if unknown:
+        raise InputError(f"--labeled {choice}: not in the list of training cases: {', '.join(unknown)}")
+    return labelled
+
+
+def choose_test(choice: str, cases: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Divide the cases of a data set without published split.
+
+    Args:
+        choice: number of test cases, or a file naming them.
+        cases: IDs of all cases with a label.
+        seed: of the random order.
+
+    Returns:
+        training cases in random order, so that the first N of them are a random choice and larger N contain smaller
+        ones; test cases. Both depend on ``choice``, ``cases`` and ``seed`` only.
+    """
+    shuffled = sorted(cases)
+    random.Random(seed).shuffle(shuffled)
+    if re.fullmatch(r"[+-]?\d+", choice):
+        if not 0 <= int(choice) < len(cases):
+            raise InputError(f"--test {choice}: the number of test cases must be 0 to {len(cases) - 1}")
+        test = shuffled[: int(choice)]
+    else:
+        test = read_list(Path(choice))
+        unknown = sorted(set(test) - set(cases))
+        if unknown:
+            raise InputError(f"--test {choice}: no such cases: {', '.join(unknown)}")
+    return [case for case in shuffled if case not in set(test)], sorted(test)
+
+
+def require_present(source: Path, missing: Sequence[str], total: int, what: str, remedy: str) -> None:
+    """Raise an InputError that names all missing cases, if any."""
+    if missing:
+        raise InputError(f"--source {source}: {len(missing)} of {total} {what}: {', '.join(missing)}; {remedy}")
