@@ -15,6 +15,8 @@ import SimpleITK as sitk
 import torch
 from conftest import LABELS, SHAPE, make_dataset
 
+from nnunetv2_semisup import discovery
+
 BIN = Path(sys.executable).parent
 TRAINER = "nnUNetTrainerMeanTeacher"
 
@@ -23,7 +25,7 @@ TRAINER = "nnUNetTrainerMeanTeacher"
 def dataset(tmp_path):
     dataset = make_dataset(tmp_path, LABELS["2 classes"], labelled=2, unlabelled=2)
     settings = {"num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "save_every_minutes": 0.0}
-    plans = dataset.plans | {"semisup": {TRAINER: settings}}
+    plans = dataset.plans | {"semisup": dict.fromkeys(discovery.trainers(), settings)}
     (dataset.preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans))
     return dataset
 
@@ -48,13 +50,30 @@ def run(dataset, *arguments) -> tuple[int, str]:
     return code, (dataset.root / "log.txt").read_text(encoding="utf-8")
 
 
-def train(dataset, epochs: int, *options, configuration="3d_fullres", fold="0"):
-    name = f"{TRAINER}_{epochs}epochs"
+def train(dataset, epochs: int, *options, configuration="3d_fullres", fold="0", trainer=TRAINER):
+    name = f"{trainer}_{epochs}epochs"
     return ("nnUNetv2_train", "901", configuration, fold, "-tr", name, "-device", "cpu", *options)
 
 
-def model_folder(dataset, epochs: int, configuration="3d_fullres") -> Path:
-    return dataset.root / "results" / dataset.name / f"{TRAINER}_{epochs}epochs__nnUNetPlans__{configuration}"
+def model_folder(dataset, epochs: int, configuration="3d_fullres", trainer=TRAINER) -> Path:
+    return dataset.root / "results" / dataset.name / f"{trainer}_{epochs}epochs__nnUNetPlans__{configuration}"
+
+
+def logged_epochs(fold: Path) -> list[int]:
+    file = fold / "semisup_log.csv"
+    if not file.is_file():
+        return []
+    with open(file, encoding="utf-8") as f:
+        return [int(row["epoch"]) for row in csv.DictReader(f)]
+
+
+def predict(dataset, epochs: int, trainer=TRAINER) -> np.ndarray:
+    """Predict imagesUn; returns the prediction of unl0."""
+    where = ("-i", dataset.raw / "imagesUn", "-o", dataset.root / "predictions")
+    model = ("-tr", f"{trainer}_{epochs}epochs", "-c", "3d_fullres", "-f", "0", "-d", "901")
+    code, log = run(dataset, "nnUNetv2_predict", *where, *model, "-device", "cpu", "-npp", "1", "-nps", "1")
+    assert code == 0, log
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(dataset.root / "predictions" / "unl0.nii.gz")))
 
 
 def wait_for(condition, process) -> None:
@@ -81,19 +100,31 @@ def test_train_kill_resume_validate_predict(dataset):
     torch.save(checkpoint, fold / "checkpoint_latest.pth")
     code, log = run(dataset, *train(dataset, epochs, "--c"))
     assert code == 0, log
-    with open(fold / "semisup_log.csv", encoding="utf-8") as f:
-        assert [r["epoch"] for r in csv.DictReader(f)][-1] == str(epochs - 1)
+    assert logged_epochs(fold)[-1] == epochs - 1
     final = torch.load(fold / "checkpoint_final.pth", weights_only=False)
     before = checkpoint["semisup"]["method"]["teacher.n_averaged"]
     assert final["semisup"]["method"]["teacher.n_averaged"] == before + 2, "the teacher's counter went on"
     assert (fold / "validation" / "summary.json").is_file()
 
-    where = ("-i", dataset.raw / "imagesUn", "-o", dataset.root / "predictions")
-    model = ("-tr", f"{TRAINER}_{epochs}epochs", "-c", "3d_fullres", "-f", "0", "-d", "901")
-    code, log = run(dataset, "nnUNetv2_predict", *where, *model, "-device", "cpu", "-npp", "1", "-nps", "1")
-    assert code == 0, log
-    prediction = sitk.GetArrayFromImage(sitk.ReadImage(str(dataset.root / "predictions" / "unl0.nii.gz")))
+    prediction = predict(dataset, epochs)
     assert prediction.shape == SHAPE and set(np.unique(prediction)) <= {0, 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", discovery.trainers())
+def test_every_trainer_goes_on_after_a_kill(dataset, trainer):
+    """Twelve epochs, so that ACTION is killed in its second stage and ends in its third."""
+    fold = model_folder(dataset, 12, trainer=trainer) / "fold_0"
+    process = start(dataset, *train(dataset, 12, trainer=trainer))
+    wait_for(lambda: len(logged_epochs(fold)) >= 4 and (fold / "checkpoint_latest.pth").is_file(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    killed_in = torch.load(fold / "checkpoint_latest.pth", weights_only=False)["current_epoch"]
+    assert 3 <= killed_in < 12
+    code, log = run(dataset, *train(dataset, 12, "--c", trainer=trainer))
+    assert code == 0, log
+    assert logged_epochs(fold) == list(range(12))
+    assert predict(dataset, 12, trainer).shape == SHAPE
 
 
 def test_wrong_input_ends_nnunets_command_with_one_line(dataset):
