@@ -72,7 +72,7 @@ def read(file: Path) -> list[dict]:
     except ModuleNotFoundError:
         raise InputError('reading a grid needs PyYAML: pip install "nnunetv2-semisup[bench]"') from None
     try:
-        blocks = yaml.safe_load(file.read_text(encoding="utf-8"))
+        blocks = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)  # all text: 027 is no octal number
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -141,8 +141,8 @@ def _listed(values, where: str) -> list:
 
 
 def _checked(value, kind: type, where: str):
-    if kind is str and type(value) in (str, int):
+    if kind is str and type(value) in (str, int) and value != "":
         return str(value)
-    if type(value) is kind:
-        return value
+    if kind is int and re.fullmatch(r"[+-]?\d+", str(value)):
+        return int(value)
     raise InputError(f"{where}: {value!r} is not {'a whole number' if kind is int else 'a name'}")

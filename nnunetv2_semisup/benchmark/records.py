@@ -26,6 +26,7 @@ from nnunetv2_semisup.evaluation import folder as evaluation
 from nnunetv2_semisup.evaluation.metrics import METRICS
 
 FORMAT = 1
+RECORD_KEYS = {"run", "dataset", "labeled", "trainer", "seed", "versions", "train_seconds", "evaluations"}
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,21 @@ class WorkFolder:
     def read(self, run: Run) -> dict | None:
         """The record of ``run``, or None."""
         file = self.record(run)
-        return read_json(file, "remove it, and the run is repeated") if file.is_file() else None
+        return _read_record(file) if file.is_file() else None
 
     def all_records(self) -> list[dict]:
         files = sorted((self.root / "runs").glob("*.json"))
-        return [read_json(file, "remove it, and the run is repeated") for file in files]
+        return [_read_record(file) for file in files]
+
+
+def _read_record(file: Path) -> dict:
+    remedy = "remove it, and the run is repeated"
+    record = read_json(file, remedy)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise InputError(f"{file} is no record of this version: {remedy}")
+    if missing := sorted(RECORD_KEYS - set(record)):
+        raise InputError(f"{file} is damaged, it has no {missing[0]!r}: {remedy}")
+    return record
 
 
 def write(file: Path, content: dict) -> None:

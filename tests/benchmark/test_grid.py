@@ -72,6 +72,12 @@ def test_wrong_files(tmp_path, text):
         grid.read(tmp_path / "grid.yaml")
 
 
+def test_numbers_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "grid.yaml").write_text('- {datasets: 027, trainers: nnUNetTrainer, epochs: [5, "010"]}')
+    runs = grid.expand(grid.read(tmp_path / "grid.yaml"), lambda dataset: f"Dataset{dataset}_X", "here")
+    assert [(run.dataset, run.epochs) for run in runs] == [("Dataset027_X", 5), ("Dataset027_X", 10)]
+
+
 def test_no_file(tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
         grid.read(tmp_path / "grid.yaml")

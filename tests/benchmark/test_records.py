@@ -70,6 +70,10 @@ def test_a_damaged_record_is_named(work):
     work.record(run).write_text('{"run": ')
     with pytest.raises(InputError, match="seed0.json.*repeated"):
         work.read(run)
+    for content, match in (([], "no record"), ({"format": 0}, "no record"), ({"format": 1, "run": 1}, "'dataset'")):
+        records.write(work.record(run), content)
+        with pytest.raises(InputError, match=f"seed0.json.*{match}.*repeated"):
+            work.all_records()
 
 
 def test_provenance():
