@@ -41,7 +41,8 @@ class SSNetSettings(SemiSupSettings):
     lambda_max 0.1, ramp_fraction 1, lds_smooth 1e-10, vat_eps 6, vat_xi 10, proto_select lowest, seg_ce_weight 0.
     """
 
-    lambda_max: float = setting(1.0, "LA code; ACDC code: 0.1. Weight of the smoothness term after the ramp")
+    lambda_max: float = setting(1.0, "LA code; ACDC code: 0.1. Weight of both terms after the ramp")
+    lds_ratio: float = setting(1.0, "paper, code: weight of the smoothness term as a share of lambda", "share")
     cs_ratio: float = setting(0.1, "code: weight of the separation term as a share of lambda", "share")
     ramp_fraction: float = setting(0.4, "LA code: 6,000 of 15,000 iterations; ACDC code: 1", "share of training")
     lds_dice: Literal["per_class_squared", "joint_linear"] = setting("per_class_squared", "paper, ACDC code; LA code")
@@ -58,8 +59,11 @@ class SSNetSettings(SemiSupSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("lambda_max", "cs_ratio", "seg_ce_weight"):
+        for key in ("lambda_max", "lds_ratio", "cs_ratio", "seg_ce_weight"):
             self.require(getattr(self, key) >= 0, key, "0 or more")
+        self.require(
+            self.lds_ratio + self.cs_ratio > 0, "lds_ratio", "above 0 if cs_ratio is 0; or set lambda_max to 0"
+        )
         self.require(0 <= self.ramp_fraction <= 1, "ramp_fraction", "in [0, 1]")
         for key in ("lds_smooth", "vat_eps_rms", "vat_xi_rms"):
             self.require(getattr(self, key) > 0, key, "above 0")
@@ -121,10 +125,11 @@ class SSNet(SemiSupMethod):
         separation, unlabelled_target = self._unlabelled_pass(network, unlabelled["data"], weight * s.cs_ratio)
         if separation:
             yield separation
-        value = self._smoothness(network, unlabelled["data"], unlabelled_target, "unlabelled")
-        yield {"smoothness_unlabelled": (weight * (1 - share), value)}
-        value = self._smoothness(network, labelled["data"], target, "labelled")
-        yield {"smoothness_labelled": (weight * share, value)}
+        if s.lds_ratio:
+            value = self._smoothness(network, unlabelled["data"], unlabelled_target, "unlabelled")
+            yield {"smoothness_unlabelled": (weight * s.lds_ratio * (1 - share), value)}
+            value = self._smoothness(network, labelled["data"], target, "labelled")
+            yield {"smoothness_labelled": (weight * s.lds_ratio * share, value)}
         yield {**labelled_group, "supervised": (1.0, self.task.supervised_loss(output, labelled["target"]))}
 
     def diagnostics(self) -> dict[str, Tensor]:

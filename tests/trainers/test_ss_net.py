@@ -146,13 +146,13 @@ def published_plan(trainer, batch, starts) -> torch.Tensor:
     smoothness = dice(probabilities(network(images + noise)[0], regions))
 
     supervised = trainer.loss([o[:count] for o in outputs], batch["target"])
-    return supervised + s.lambda_max * (smoothness + s.cs_ratio * separation)
+    return supervised + s.lambda_max * (s.lds_ratio * smoothness + s.cs_ratio * separation)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"lds_dice": "joint_linear", "proto_select": "lowest", "proto_attention": "normalised"}],
+    [{}, {"lds_dice": "joint_linear", "proto_select": "lowest", "proto_attention": "normalised", "lds_ratio": 0.5}],
     ids=["default", "other"],
 )
 def test_gradients_equal_the_published_plan(kind, settings, datasets, use, monkeypatch):
@@ -496,6 +496,12 @@ def test_without_separation_there_are_no_prototypes(tiny):
     assert values(terms(trainer, batch))["supervised"] == values(terms(both, batch))["supervised"]
 
 
+def test_without_smoothness_no_noise_is_searched(tiny, monkeypatch):
+    trainer = build(tiny, lds_ratio=0.0)
+    monkeypatch.setattr(trainer.method, "_under_noise", lambda *_: pytest.fail("a pass under noise"))
+    assert list(terms(trainer, make_batch(trainer))) == [TERMS[0], TERMS[3], TERMS[4]]
+
+
 @pytest.mark.parametrize("kind", ["2 classes", "regions"])
 def test_supervised_loss_without_cross_entropy(kind, datasets, use):
     dataset = use(datasets(kind))
@@ -514,6 +520,8 @@ def test_supervised_loss_without_cross_entropy(kind, datasets, use):
     "setting",
     [
         {"lambda_max": -1.0},
+        {"lds_ratio": -0.1},
+        {"lds_ratio": 0.0, "cs_ratio": 0.0},
         {"cs_ratio": -0.1},
         {"ramp_fraction": 1.5},
         {"lds_smooth": 0.0},
