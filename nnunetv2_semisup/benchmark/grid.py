@@ -59,10 +59,19 @@ class Run:
         return f"{self.trainer}_1epoch" if self.epochs == 1 else f"{self.trainer}_{self.epochs}epochs"
 
     @property
+    def family(self) -> str:
+        return family(self.dataset)
+
+    @property
     def id(self) -> str:
         """Name of the run's files; all axes but the inference."""
         model = f"{self.trainer_name}__{self.plans}__{self.configuration}"
         return f"{self.dataset}__{model}__fold_{self.fold}__seed{self.seed}"
+
+
+def family(dataset: str) -> str:
+    """The name without number: data sets that differ in their labelled cases alone share it."""
+    return dataset.split("_", 1)[1]
 
 
 def read(file: Path) -> list[dict]:

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nnunetv2_semisup.benchmark import table
+from nnunetv2_semisup.benchmark.grid import family
 from nnunetv2_semisup.benchmark.records import WorkFolder
-from nnunetv2_semisup.benchmark.table import BASELINE, Comparison, family
+from nnunetv2_semisup.benchmark.table import BASELINE, Comparison
 from nnunetv2_semisup.data.folders import read_json
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.training_log import COLOURS

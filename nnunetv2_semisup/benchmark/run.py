@@ -15,7 +15,7 @@ from statistics import mean, median
 from time import perf_counter
 
 from nnunetv2_semisup.benchmark import records, worker
-from nnunetv2_semisup.benchmark.grid import Run
+from nnunetv2_semisup.benchmark.grid import Run, family
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.data.folders import read_json
 from nnunetv2_semisup.errors import InputError
@@ -78,7 +78,7 @@ def dry_run(runs: list[Run], work: WorkFolder, options: Options) -> None:
             seconds, source = expected_seconds(run, finished), "as earlier runs"
             if seconds is None:
                 source = "training alone, from a few steps"
-                kind = (run.plans, run.configuration, run.trainer_name)
+                kind = (run.family, run.plans, run.configuration, run.trainer_name)
                 if kind not in measured:
                     measured[kind] = _training_seconds(run, options)
                 seconds = measured[kind]
@@ -229,11 +229,12 @@ def last_line(log: Path) -> str:
 
 
 def expected_seconds(run: Run, records_: list[dict]) -> float | None:
-    """Wall time of ``run`` from finished ones of the same trainer and plans, scaled by the number of epochs."""
+    """Wall time of ``run`` from finished ones of the same data, trainer and plans, scaled by the number of epochs."""
     alike = [
         records.wall_seconds(record) * run.epochs / record["epochs"]
         for record in records_
         if all(record[key] == getattr(run, key) for key in ("trainer", "plans", "configuration"))
+        and family(record["dataset"]) == run.family
     ]
     return median(alike) if alike else None
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
+from nnunetv2_semisup.benchmark.grid import family
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation.metrics import METRICS
 
@@ -183,11 +184,6 @@ def _order(comparison: Comparison) -> tuple:
     where = (family(setting["dataset"]), setting["configuration"], setting["plans"], setting["steps"], setting["fold"])
     how = (setting["inference"] != "nnunet", setting["postprocessing"] != "none")
     return (*where, setting["labeled"], setting["dataset"], *how, comparison.trainer != BASELINE, comparison.trainer)
-
-
-def family(dataset: str) -> str:
-    """The name without number: data sets that differ in their labelled cases alone share it."""
-    return dataset.split("_", 1)[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- Markdown
