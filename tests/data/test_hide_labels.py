@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -157,6 +158,23 @@ def test_damaged_source(source):
     with pytest.raises(InputError, match="p0_a.nrrd does not exist"):
         hide_labels("4", 504, "12")
     assert [path.name for path in source.parent.iterdir()] == ["Dataset004_Many"]
+
+
+def test_one_process_per_id_and_no_leftovers(source):
+    (source.parent / ".tmp_Dataset504_Killed" / "imagesTr").mkdir(parents=True)
+    with FileLock(str(source.parent / ".unfinished_Dataset504.lock")), pytest.raises(InputError, match="Dataset504"):
+        hide_labels("4", 504, "2", name="Other")
+    hide_labels("4", 504, "2")
+    assert sorted(path.name for path in source.parent.iterdir()) == ["Dataset004_Many", "Dataset504_Many"]
+
+
+def test_dataset_with_this_id_that_appears_meanwhile(source, monkeypatch):
+    link = module.link_or_copy
+    other = source.with_name("Dataset504_Other")
+    monkeypatch.setattr(module, "link_or_copy", lambda *files: (other.mkdir(exist_ok=True), link(*files)))
+    with pytest.raises(InputError, match="Dataset504_Other has appeared"):
+        hide_labels("4", 504, "2")
+    assert not source.with_name("Dataset504_Many").exists()
 
 
 def test_dataset_json_may_name_the_files(source):
