@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import random
 import re
@@ -12,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_semisup.data.folders import RAW_FOLDER, labelled_identifiers, read_json
+from nnunetv2_semisup.data.folders import RAW_FOLDER, labelled_cases, read_dataset_json
 from nnunetv2_semisup.data.images import last_line
 from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.data.raw import find_dataset, link_or_copy, new_dataset_path, whole_folder, write_splits
@@ -55,7 +53,7 @@ def hide_labels(
     """
     source = find_dataset(dataset)
     target = new_dataset_path(new_id, name or source.name.split("_", 1)[-1])
-    dataset_json = read_json(source / "dataset.json", "repair it")
+    dataset_json = read_dataset_json(source)
     cases = labelled_cases(source, dataset_json)
     patient_of = group_cases(sorted(cases), patient_pattern)
     patients = sorted(set(patient_of.values()))
@@ -99,20 +97,6 @@ def hide_labels(
         f"  {len(hidden)} cases went to {RAW_FOLDER} without labels, see {RECORD}\n"
         f"  next: nnUNetv2_plan_and_preprocess -d {new_id} --verify_dataset_integrity"
     )
-
-
-def labelled_cases(source: Path, dataset_json: dict) -> dict[str, dict]:
-    """Case -> {"images": files in channel order, "label": file}, as nnU-Net finds them."""
-    if "dataset" in dataset_json:
-        return get_filenames_of_train_images_and_targets(str(source), dataset_json)
-    ending = dataset_json["file_ending"]
-    return {
-        case: {
-            "images": sorted(map(str, (source / "imagesTr").glob(f"{glob.escape(case)}_[0-9][0-9][0-9][0-9]{ending}"))),
-            "label": str(source / "labelsTr" / f"{case}{ending}"),
-        }
-        for case in labelled_identifiers(source, dataset_json)
-    }
 
 
 def group_cases(cases: Sequence[str], pattern: str | None) -> dict[str, str]:

@@ -62,21 +62,23 @@ def new_dataset_path(dataset_id: int, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def reserved_id(target: Path) -> Iterator[None]:
-    """Hold the lock of the ID of the dataset ``target``, so that no two processes make datasets with one ID."""
-    file = target.with_name(f".unfinished_{_id_of(target)}.lock")
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Hold the lock ``file``, which is gone afterwards; an InputError that starts with ``busy`` if another does."""
     lock = FileLock(str(file))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(
-            f"another process is making {_id_of(target)} (lock {file}); wait for it, or choose another ID"
-        ) from None
+        raise InputError(f"{busy} (lock {file}); wait for it") from None
     try:
         yield
     finally:
         file.unlink(missing_ok=True)  # while it is locked: who waits for this file takes a new one
         lock.release()
+
+
+def reserved_id(target: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of the ID of the dataset ``target``, so that no two processes make datasets with one ID."""
+    return locked(target.with_name(f".unfinished_{_id_of(target)}.lock"), f"another process is making {_id_of(target)}")
 
 
 @contextlib.contextmanager
