@@ -31,7 +31,7 @@ from nnunetv2_semisup.data.checks import (
     facts_rows,
     table_text,
 )
-from nnunetv2_semisup.data.folders import write_json
+from nnunetv2_semisup.data.folders import PATIENTS, write_json
 from nnunetv2_semisup.data.images import check_inside, read_image, write_image
 from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.data.raw import SUBFOLDERS, new_dataset_path, publish, reserved_id, write_splits
@@ -151,9 +151,10 @@ def convert(recipe: Recipe, source: Path, dataset_id: int, name: str, options: O
     with _kept_folder(target, _fingerprint(recipe, source)) as folder:
         jobs = _jobs(recipe, folder, options.previews)
         facts = run_jobs(convert_case, jobs, options.processes)
+        patients = {PATIENTS: {case: recipe.groups[case] for case in labelled}} if recipe.groups else {}
         write_dataset_json(
             folder, recipe.channels, recipe.labels, len(labelled), recipe.file_ending,
-            **recipe.description, conversion=_conversion(recipe, facts),
+            **recipe.description, **patients, conversion=_conversion(recipe, facts),
         )  # fmt: skip
         for file, text in recipe.extra_files.items():
             (folder / file).write_text(text, encoding="utf-8")

@@ -18,6 +18,8 @@ from nnunetv2_semisup.errors import InputError
 
 RAW_FOLDER = "imagesUn"
 
+PATIENTS = "patients"  # key of dataset.json that nnU-Net ignores: labelled case -> patient
+
 _CASE_AND_CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
 
 

@@ -132,7 +132,8 @@ def test_files_are_copied_where_links_are_impossible(source, monkeypatch):
         (("4", 504, "0"), {}, "must be 1 to 12"),
         (("4", 504, "7"), {"patient_pattern": r"p\d"}, "must be 1 to 6"),
         (("4", 504, "2"), {"patient_pattern": "("}, "no regular expression"),
-        (("4", 504, "2"), {"patient_pattern": "q"}, "not found in p0_a"),
+        (("4", 504, "2"), {"patient_pattern": "q"}, "finds no patient in p0_a"),
+        (("4", 504, "2"), {"patient_pattern": "p(9)?"}, "finds no patient in p0_a"),
         (("4", 504, "absent.txt"), {}, "neither a number nor a list"),
         (("4", 504, "2"), {"name": "a/b"}, "--name"),
     ],
@@ -175,6 +176,66 @@ def test_dataset_with_this_id_that_appears_meanwhile(source, monkeypatch):
     with pytest.raises(InputError, match="Dataset504_Other has appeared"):
         hide_labels("4", 504, "2")
     assert not source.with_name("Dataset504_Many").exists()
+
+
+def change_json(source, **changes):
+    content = json.loads((source / "dataset.json").read_text())
+    content = {key: value for key, value in {**content, **changes}.items() if value is not None}
+    (source / "dataset.json").write_text(json.dumps(content))
+
+
+def test_patients_that_dataset_json_names_stay_together(source):
+    change_json(source, patients={case: case[:2] for case in CASES}, conversion={"labelled": 12})
+    hide_labels("4", 504, "3")
+    target = source.with_name("Dataset504_Many")
+    kept = cases_in(target / "imagesTr")
+    assert len(kept) == 6 and len({case[:2] for case in kept}) == 3
+    dataset_json = json.loads((target / "dataset.json").read_text())
+    assert dataset_json["patients"] == {case: case[:2] for case in sorted(kept)} and "conversion" not in dataset_json
+    hide_labels("504", 505, "1")
+    assert len(cases_in(source.with_name("Dataset505_Many") / "imagesTr")) == 2
+
+
+@pytest.mark.parametrize("key", ["labels", "file_ending", "channel_names"])
+def test_incomplete_dataset_json(key, source):
+    change_json(source, **{key: None})
+    with pytest.raises(InputError, match=f"dataset.json has no {key}: add"):
+        hide_labels("4", 504, "2", stratified=True)
+
+
+def test_dataset_json_that_is_a_list(source):
+    (source / "dataset.json").write_text("[]")
+    with pytest.raises(InputError, match="dataset.json is a list"):
+        hide_labels("4", 504, "2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        ("channel", "case p0_a has 1 image files, expected 2"),
+        ("value", "p0_a.nrrd: unexpected label value 9; only 0, 1, 2 may"),
+        ("shape", "p0_a.nrrd: the label has shape"),
+        ("spacing", "p0_a.nrrd: its spacing differs"),
+        ("image", "p0_a_0001.nrrd: the images cannot be read"),
+    ],
+)
+def test_labelled_cases_are_checked(damage, match, source):
+    label = np.ones((3, 4, 5), np.uint8)
+    match damage:
+        case "channel":
+            (source / "imagesTr" / "p0_a_0001.nrrd").unlink()
+        case "value":
+            write(source / "labelsTr" / "p0_a.nrrd", label * 9)
+        case "shape":
+            write(source / "labelsTr" / "p0_a.nrrd", label[:2])
+        case "spacing":
+            image = sitk.GetImageFromArray(label)
+            image.SetSpacing((1, 1, 2))
+            sitk.WriteImage(image, str(source / "labelsTr" / "p0_a.nrrd"))
+        case "image":
+            (source / "imagesTr" / "p0_a_0001.nrrd").write_bytes(b"NRRD")
+    with pytest.raises(InputError, match=match):
+        hide_labels("4", 504, "12")
 
 
 def test_dataset_json_may_name_the_files(source):
