@@ -86,8 +86,9 @@ def hide_labels(
         _link_cases(source, folder, cases, kept, hidden, dataset_json["file_ending"])
         # How the source was converted and what it counted is told there, and not true of the new one.
         new_json = {key: value for key, value in dataset_json.items() if key not in ("dataset", "conversion", PATIENTS)}
-        patients = {PATIENTS: {case: patient_of[case] for case in kept}} if len(patients) < len(cases) else {}
-        _write_json(folder / "dataset.json", {**new_json, **patients, "numTraining": len(kept)})
+        if len(patients) < len(cases):
+            new_json[PATIENTS] = {case: patient_of[case] for case in kept}
+        _write_json(folder / "dataset.json", {**new_json, "numTraining": len(kept)})
         record = {
             "source": source.name,
             "choice": how,
@@ -155,9 +156,8 @@ def foreground_sizes(
     cases: dict[str, dict], patient_of: dict[str, str], dataset_json: dict, processes: int
 ) -> dict[str, float]:
     """Patient -> mean number of labelled voxels per case; the ignore label is not counted."""
-    count = partial(
-        _foreground_voxels, reader=_reader(cases, dataset_json), ignore=dataset_json["labels"].get("ignore")
-    )
+    reader = _reader(cases, dataset_json)
+    count = partial(_foreground_voxels, reader=reader, ignore=dataset_json["labels"].get("ignore"))
     names = sorted(cases)
     counts = run_jobs(count, [cases[case]["label"] for case in names], processes, "Reading labels")
     of_patient: dict[str, list[int]] = {}
@@ -194,7 +194,10 @@ def _check_cases(source: Path, cases: dict[str, dict], kept: list[str], dataset_
     for file in [file for case in kept for file in (*cases[case]["images"], cases[case]["label"])]:
         if not Path(file).is_file():
             raise InputError(f"{file} does not exist; complete the dataset")
-    values = tuple(sorted({int(v) for entry in dataset_json["labels"].values() for v in np.atleast_1d(entry)}))
+    try:
+        values = tuple(sorted({int(v) for entry in dataset_json["labels"].values() for v in np.atleast_1d(entry)}))
+    except (AttributeError, ValueError) as error:
+        raise InputError(f'{source / "dataset.json"}: labels must be {{"name": value, ...}}; correct it') from error
     check = partial(_check_kept, reader=_reader(cases, dataset_json), values=values)
     run_jobs(check, [cases[case] for case in kept], processes, "Checking labelled cases")
 

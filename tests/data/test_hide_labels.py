@@ -203,6 +203,12 @@ def test_incomplete_dataset_json(key, source):
         hide_labels("4", 504, "2", stratified=True)
 
 
+def test_labels_the_other_way_round(source):
+    change_json(source, labels={"0": "background", "1": "x"})
+    with pytest.raises(InputError, match="dataset.json: labels must be"):
+        hide_labels("4", 504, "2")
+
+
 def test_dataset_json_that_is_a_list(source):
     (source / "dataset.json").write_text("[]")
     with pytest.raises(InputError, match="dataset.json is a list"):
