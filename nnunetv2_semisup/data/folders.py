@@ -60,6 +60,8 @@ def read_dataset_json(raw_dataset_folder: Path) -> dict:
     missing = [key for key in needed if not content.get(key) and not (key == "channel_names" and "modality" in content)]
     if missing:
         raise InputError(f"{file} has no {', '.join(missing)}: add it as nnU-Net's dataset format describes")
+    if not isinstance(content["labels"], dict):
+        raise InputError(f'{file}: labels must be {{"name": value, ...}}: correct it')
     return content
 
 

@@ -196,8 +196,8 @@ def _check_cases(source: Path, cases: dict[str, dict], kept: list[str], dataset_
             raise InputError(f"{file} does not exist; complete the dataset")
     try:
         values = tuple(sorted({int(v) for entry in dataset_json["labels"].values() for v in np.atleast_1d(entry)}))
-    except (AttributeError, ValueError) as error:
-        raise InputError(f'{source / "dataset.json"}: labels must be {{"name": value, ...}}; correct it') from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f'{source / "dataset.json"}: labels must be {{"name": value, ...}}: correct it') from error
     check = partial(_check_kept, reader=_reader(cases, dataset_json), values=values)
     run_jobs(check, [cases[case] for case in kept], processes, "Checking labelled cases")
 

@@ -203,8 +203,9 @@ def test_incomplete_dataset_json(key, source):
         hide_labels("4", 504, "2", stratified=True)
 
 
-def test_labels_the_other_way_round(source):
-    change_json(source, labels={"0": "background", "1": "x"})
+@pytest.mark.parametrize("labels", [{"0": "background", "1": "x"}, ["background", "x"]])
+def test_labels_written_otherwise(labels, source):
+    change_json(source, labels=labels)
     with pytest.raises(InputError, match="dataset.json: labels must be"):
         hide_labels("4", 504, "2")
 

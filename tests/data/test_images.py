@@ -142,6 +142,16 @@ def test_values_of_nifti_that_are_not_finite(kind, value, tmp_path):
             images.read_image(tmp_path / name)
 
 
+def test_labels_are_small_and_keep_their_header(tmp_path):
+    """Eight bytes per voxel are common in label files; the header tells whether the orientation is known."""
+    label = sitk.Cast(make_ct(0) > 0, sitk.sitkFloat64)
+    sitk.WriteImage(label, str(tmp_path / "x.nii"))
+    small = images.read_label(tmp_path / "x.nii", (0, 1))
+    assert small.GetPixelID() == sitk.sitkUInt8 and small.GetMetaData("qform_code") == "1"
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(small), sitk.GetArrayFromImage(label))
+    assert images.same_geometry(small, label)
+
+
 def test_unexpected_label_values_are_written_out():
     with pytest.raises(InputError, match="value 1.000001; only 0, 1, 2 may occur"):
         checks.check_label(np.array([0, 1, 1.000001]), (3,), (0, 1, 2), PATH)
