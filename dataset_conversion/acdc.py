@@ -178,7 +178,7 @@ def make_cases(
         info = read_info(files[f"{patient}/Info.cfg"]) if form == "nifti" else {}
         found = []
         for frame, names in frame_names(form, patient, info).items():
-            image, label = (files.get(name) or files.get(f"{name}.gz") for name in names)
+            image, label = (_either(files, name) for name in names)
             if image and (label or role == UNLABELLED):
                 found.append(Case(f"{patient}_{frame}", role, (image,), None if role == UNLABELLED else label))
         if len(found) < len(FRAMES):
@@ -197,6 +197,14 @@ def make_cases(
             source, missing, len(roles), f"patients, for validation or testing, are missing or lack {kind}", remedy
         )
     return cases, infos, missing
+
+
+def _either(files: dict[str, Path], name: str) -> Path | None:
+    """The file ``name`` or ``name.gz``; both are an error, for they may differ."""
+    found = [files[key] for key in (name, f"{name}.gz") if key in files]
+    if len(found) > 1:
+        raise InputError(f"{found[0]}: there is also {found[1]}; give one copy of the data")
+    return found[0] if found else None
 
 
 def patients_csv(roles: dict[str, str], infos: dict[str, dict[str, str]]) -> str:

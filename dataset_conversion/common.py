@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from filelock import FileLock, Timeout
 
 from nnunetv2_semisup.data.checks import (
     IMAGES_OF,
@@ -32,14 +31,15 @@ from nnunetv2_semisup.data.checks import (
     facts_rows,
     table_text,
 )
-from nnunetv2_semisup.data.folders import write_json
-from nnunetv2_semisup.data.images import check_inside, write_image
+from nnunetv2_semisup.data.folders import PATIENTS, write_json
+from nnunetv2_semisup.data.images import check_inside, read_image, write_image
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.data.raw import SUBFOLDERS, new_dataset_path, publish, write_splits
+from nnunetv2_semisup.data.raw import SUBFOLDERS, new_dataset_path, publish, reserved_id, write_splits
 from nnunetv2_semisup.errors import InputError
 
 FILE_ENDING = ".nii.gz"
 RECORDS = ".finished"  # in an unfinished folder: what is known of each case that is done
+MADE_BY = ".made_by"  # there too: the fingerprint of the call
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------
@@ -148,15 +148,18 @@ def convert(recipe: Recipe, source: Path, dataset_id: int, name: str, options: O
     if options.dry_run:
         facts = run_jobs(convert_case, _jobs(recipe, None, 0), options.processes)
         return f"{target}: dry run, nothing was written\n{_report(recipe, source, facts, dataset_id)}"
-    with _kept_folder(target, _fingerprint(recipe, source, options)) as folder:
-        facts = run_jobs(convert_case, _jobs(recipe, folder, options.previews), options.processes)
+    with _kept_folder(target, _fingerprint(recipe, source)) as folder:
+        jobs = _jobs(recipe, folder, options.previews)
+        facts = run_jobs(convert_case, jobs, options.processes)
+        patients = {PATIENTS: {case: recipe.groups[case] for case in labelled}} if recipe.groups else {}
         write_dataset_json(
             folder, recipe.channels, recipe.labels, len(labelled), recipe.file_ending,
-            **recipe.description, conversion=_conversion(recipe, facts),
+            **recipe.description, **patients, conversion=_conversion(recipe, facts),
         )  # fmt: skip
         for file, text in recipe.extra_files.items():
             (folder / file).write_text(text, encoding="utf-8")
         write_splits(folder, labelled, None if recipe.groups is None else dict(recipe.groups))
+        _check_files(folder, jobs, recipe.extra_files)
     return f"{target}\n{_report(recipe, source, facts, dataset_id)}"
 
 
@@ -164,27 +167,65 @@ def convert_case(job: Job) -> Facts:
     """Read, check and write one case, unless an earlier call has done it."""
     case = job.case
     state = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in _files(case)]
-    if job.folder:
-        record = job.folder / RECORDS / f"{case.name}.json"
-        if record.is_file():
-            done = json.loads(record.read_text(encoding="utf-8"))
-            if done["state"] == state:
-                done["facts"]["voxels"] = {int(value): number for value, number in done["facts"]["voxels"].items()}
-                return Facts(**done["facts"])
-    image, label, remark = job.read(case)
-    voxels = _check(case, image, label, job.values)
-    facts = Facts(case.name, case.role, image.GetSize(), image.GetSpacing(), voxels, remark)
-    if job.folder:
-        images = job.folder / IMAGES_OF[case.role]
-        write_image(image, images / f"{case.name}_0000{job.file_ending}")
-        if label is not None:
-            write_image(label, job.folder / LABELS_OF[case.role] / f"{case.name}{job.file_ending}")
-        if job.preview:
-            from nnunetv2_semisup.data.preview import save_preview
+    facts = _finished(job, state)
+    if facts is None:
+        image, label, remark = job.read(case)
+        voxels = _check(case, image, label, job.values)
+        facts = Facts(case.name, case.role, image.GetSize(), image.GetSpacing(), voxels, remark)
+        for written, file in zip((image, label), _outputs(job), strict=False):
+            write_image(written, file)
+        if job.folder:
+            sizes = [file.stat().st_size for file in _outputs(job)]
+            write_json(_record(job), {"state": state, "sizes": sizes, "facts": asdict(facts)})
+    if job.preview:
+        from nnunetv2_semisup.data.preview import save_preview
 
-            save_preview(image, label, job.folder / "previews" / f"{case.name}.png", f"{case.name} ({case.role})")
-        write_json(record, {"state": state, "facts": asdict(facts)})
+        shown = [*map(read_image, _outputs(job)), None][:2]
+        save_preview(*shown, _preview(job), f"{case.name} ({case.role})")
     return facts
+
+
+def _finished(job: Job, state: list) -> Facts | None:
+    """What an earlier call has recorded of a case, if its sources and what was written are as they were then."""
+    if not job.folder:
+        return None
+    try:
+        done = json.loads(_record(job).read_text(encoding="utf-8"))
+        if done["state"] != state or done["sizes"] != [file.stat().st_size for file in _outputs(job)]:
+            return None
+        voxels = {int(value): number for value, number in done["facts"]["voxels"].items()}
+        return Facts(**{**done["facts"], "voxels": voxels})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _record(job: Job) -> Path:
+    return job.folder / RECORDS / f"{job.case.name}.json"
+
+
+def _preview(job: Job) -> Path:
+    return job.folder / "previews" / f"{job.case.name}.png"
+
+
+def _outputs(job: Job) -> list[Path]:
+    """Where image and label of a case go."""
+    if not job.folder:
+        return []
+    case = job.case
+    image = job.folder / IMAGES_OF[case.role] / f"{case.name}_0000{job.file_ending}"
+    label = [job.folder / LABELS_OF[case.role] / f"{case.name}{job.file_ending}"] if case.label_file else []
+    return [image, *label]
+
+
+def _check_files(folder: Path, jobs: Sequence[Job], extra_files: Mapping[str, str]) -> None:
+    """Refuse to go on unless ``folder`` holds the files of these jobs and no others: a label too many is a leak."""
+    expected = {folder / name for name in ("dataset.json", "splits_final.json", MADE_BY, *extra_files)}
+    for job in jobs:
+        expected.update([*_outputs(job), _record(job)], [_preview(job)] if job.preview else [])
+    found = {path for path in folder.rglob("*") if not path.is_dir()}
+    for wrong in sorted(found ^ expected):
+        what = "is of no case of this call" if wrong in found else "is missing"
+        raise InputError(f"{wrong} {what}: another process was at work there; remove {folder} and start again")
 
 
 def _check(case: Case, image: sitk.Image, label: sitk.Image | None, values: Sequence[int]) -> dict[int, int]:
@@ -224,45 +265,43 @@ def _jobs(recipe: Recipe, folder: Path | None, previews: int) -> list[Job]:
 def _kept_folder(target: Path, fingerprint: str) -> Iterator[Path]:
     """A folder that becomes ``target`` when all is well; else the finished cases stay for the next same call."""
     folder = target.with_name(f".unfinished_{target.name}")
-    folder.mkdir(exist_ok=True)
-    lock = FileLock(str(folder / ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"another process is converting into {folder}; wait for it, or choose another -d") from None
-    try:
-        made_by = folder / ".made_by"
-        if not made_by.is_file() or made_by.read_text(encoding="utf-8") != fingerprint:
-            for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-        made_by.write_text(fingerprint, encoding="utf-8")
-        for name in (*SUBFOLDERS, RECORDS):
-            (folder / name).mkdir(exist_ok=True)
+    with reserved_id(target):
         try:
-            yield folder
-        except (InputError, OSError, KeyboardInterrupt) as error:
-            done = sum(1 for _ in (folder / RECORDS).glob("*.json"))
-            kept = f"{done} cases are finished and kept in {folder}, the same command goes on from there"
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(kept) from error
-            raise (InputError(f"{error} ({kept})") if done else error) from error
-        shutil.rmtree(folder / RECORDS)
-        made_by.unlink()
-        lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
-        publish(folder, target)
-    finally:
-        lock.release()
-        if not any((folder / RECORDS).glob("*.json")):
-            shutil.rmtree(folder, ignore_errors=True)
+            _prepare(folder, fingerprint)
+            try:
+                yield folder
+                publish(folder, target)
+            except (InputError, OSError, KeyboardInterrupt) as error:
+                done = sum(1 for _ in (folder / RECORDS).glob("*.json"))
+                kept = f"{done} cases are finished and kept in {folder}, the same command goes on from there"
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(kept) from error
+                raise (InputError(f"{error} ({kept})") if done else error) from error
+            shutil.rmtree(target / RECORDS, ignore_errors=True)  # only now, so that a failure loses nothing
+            (target / MADE_BY).unlink(missing_ok=True)
+        finally:
+            if not any((folder / RECORDS).glob("*.json")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fingerprint(recipe: Recipe, source: Path, options: Options) -> str:
+def _prepare(folder: Path, fingerprint: str) -> None:
+    """Make the folder, or keep it if the same call has begun it; previews are made anew."""
+    made_by = folder / MADE_BY
+    if folder.exists() and not (made_by.is_file() and made_by.read_bytes() == fingerprint.encode()):
+        if done := sum(1 for _ in (folder / RECORDS).glob("*.json")):
+            print(f"note: {folder} had {done} finished cases of another call; they are removed", file=sys.stderr)
+        shutil.rmtree(folder)
+    shutil.rmtree(folder / "previews", ignore_errors=True)
+    for name in (*SUBFOLDERS, RECORDS):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    made_by.write_text(fingerprint, encoding="utf-8")
+
+
+def _fingerprint(recipe: Recipe, source: Path) -> str:
     """Hash of what decides the result, except for the content of the files."""
     cases = [(case.name, case.role, *map(str, _files(case))) for case in recipe.cases]
     reading = sorted(getattr(recipe.read, "keywords", {}).items())
-    content = [str(source), cases, reading, dict(recipe.labels), dict(recipe.conversion), options.previews]
+    content = [str(source), cases, reading, dict(recipe.labels), dict(recipe.conversion)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -57,6 +57,8 @@ def find_files(source: Path) -> tuple[dict[str, dict[str, Path]], dict[str, Path
     masks: dict[str, Path] = {}
     for path in walk(source):
         if match := MASK.fullmatch(path.name):
+            if match[1] in masks:
+                raise InputError(f"{path}: there is another {masks[match[1]]}; give one copy of the data")
             masks[match[1]] = path
         elif match := PHOTOGRAPH.fullmatch(path.name):
             part = next((part for part in PUBLISHED if part in path.parent.name.lower()), None)

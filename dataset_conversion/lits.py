@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import SimpleITK as sitk
 
 if not __package__:  # run as a file: the repository root is not on the path then
@@ -29,8 +28,8 @@ if not __package__:  # run as a file: the repository root is not on the path the
 from dataset_conversion import common
 from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.lists import choose_labelled, choose_test, require_present
-from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_label
-from nnunetv2_semisup.data.images import align_label, check_source, orientation, read_image, walk
+from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
+from nnunetv2_semisup.data.images import align_label, check_source, orientation, read_image, read_label, walk
 from nnunetv2_semisup.errors import InputError
 
 LABELS = {"both": {"background": 0, "liver": 1, "tumour": 2}, "liver": {"background": 0, "liver": 1}}
@@ -66,22 +65,16 @@ def read_case(case: Case, structures: str) -> tuple[sitk.Image, sitk.Image | Non
     image = read_image(case.files[0])
     if case.label_file is None:
         return image, None, ""
-    source = read_image(case.label_file)
-    label, same_place = align_label(source, image, case.label_file)
+    source = read_label(case.label_file, (0, 1, 2))
+    label, same_place = align_label(source, image, case.label_file, case.files[0])
     if not same_place and orientation(source) != orientation(image):
         raise InputError(
-            f"{case.label_file}: its header has axes {orientation(source)} and another place than the image's "
-            f"({orientation(image)}), so which way round it belongs is unknown; correct the header"
+            f"{case.label_file}: its header has axes {orientation(source)} and no place, the image has "
+            f"{orientation(image)}, so which way round it belongs is unknown; correct the header"
         )
-    array = sitk.GetArrayFromImage(label)
-    check_label(array, image.GetSize()[::-1], (0, 1, 2), case.label_file)
-    written = sitk.GetImageFromArray((array > 0).astype(np.uint8) if structures == "liver" else array.astype(np.uint8))
-    written.CopyInformation(image)
-    return (
-        image,
-        written,
-        "" if same_place else "the label's header has another place than the image's, look at previews",
-    )
+    if structures == "liver":
+        label = label > 0
+    return image, label, "" if same_place else "the label's header keeps no place, look at the previews"
 
 
 def convert(

@@ -7,7 +7,8 @@ Three forms can be read; which one it is, is found out:
   dicom  as TCIA delivers it: one DICOM series per patient (PatientID PANCREAS_0001) in folders of any depth, and
          labelNNNN.nii.gz anywhere below --source. The labels are stored with other axes than the images; they are put
          on the image's grid by permuting and flipping axes as both headers say, nothing is interpolated. Where the
-         headers agree on the orientation only, not on the place, the report says so: look at previews/ then.
+         labels keep the orientation only and no place (origin zero), the report says so: look at previews/ then. Labels
+         that lie elsewhere by their header are refused.
   nifti  imageNNNN.nii.gz (or PANCREAS_NNNN.nii.gz, with or without _0000) and labelNNNN.nii.gz, likewise.
   h5     imageNNNN_norm.h5 with `image` and `label`: what MC-Net and later papers pass on. Resampled to 1 mm, clipped to
          -125 to 275 HU, cropped in x and y around the label, test cases too, and standardised: HU are gone, and results
@@ -52,6 +53,7 @@ from nnunetv2_semisup.data.images import (
     dicom_tag,
     find_series,
     read_image,
+    read_label,
     read_series,
     walk,
 )
@@ -131,10 +133,9 @@ def read_case(case: Case, form: str) -> tuple[sitk.Image, sitk.Image | None, str
     image = read_series(case.files) if form == "dicom" else read_image(case.files[0])
     if not with_label:
         return image, None, ""
-    label, same_place = align_label(read_image(case.label_file), image, case.label_file)
-    check_label(sitk.GetArrayViewFromImage(label), image.GetSize()[::-1], (0, 1), case.label_file)
+    label, same_place = align_label(read_label(case.label_file, (0, 1)), image, case.label_file, case.files[0])
     remark = "" if same_place else "image and label headers agree on the orientation only, look at the previews"
-    return image, sitk.Cast(label, sitk.sitkUInt8), remark
+    return image, label, remark
 
 
 # --- converting -----------------------------------------------------------------------------------------------------

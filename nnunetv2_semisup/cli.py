@@ -123,7 +123,8 @@ def hide_labels(arguments: list[str] | None = None) -> None:
         "--patient_pattern",
         default=None,
         metavar="REGEX",
-        help="what in a case's name is the patient, e.g. 'patient[0-9]+' (default: every case is a patient)",
+        help="what in a case's name is the patient, e.g. 'patient[0-9]+' (default: as dataset.json says, else every "
+        "case is a patient)",
     )
     parser.add_argument("--stratified", action="store_true", help="spread the choice over small and large foregrounds")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice (default: %(default)s)")

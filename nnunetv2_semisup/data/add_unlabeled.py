@@ -1,7 +1,7 @@
 """Bring images of any usual format into ``imagesUn`` of a dataset, with the checks that spare surprises later.
 
-Each case appears once all of its channels are written, so an interrupted call is finished by the same call again: what
-is there already is recognised by its content.
+Each case appears once all of its channels are written and recorded, so an interrupted call is finished by the same call
+again: what is there already is recognised by its content. One process works at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +21,20 @@ from nnunetv2_semisup.data.folders import (
     RAW_FOLDER,
     channel_count,
     find_unlabeled_cases,
+    labelled_cases,
+    read_dataset_json,
     read_json,
     write_json,
 )
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.data.raw import find_dataset
+from nnunetv2_semisup.data.raw import find_dataset, locked
 from nnunetv2_semisup.errors import InputError
 
 FORMATS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PHOTOGRAPHS = (".png", ".bmp", ".tif", ".tiff")
 COMPANIONS = (".raw", ".zraw", ".raw.gz", ".img")  # voxels of detached headers
 RECORD = "added_unlabeled.json"  # in the dataset's folder: case -> source and hash
+WORK = ".tmp_unlabeled"  # there too, while images are written
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Seen:
         channels: number of channels.
         spacing: x, y(, z) in mm.
         orientation: e.g. "LPS"; "" for 2D images.
+        like_label: whole numbers and fewer than 10 different ones.
     """
 
     case: str
@@ -65,6 +68,7 @@ class Seen:
     channels: int
     spacing: tuple[float, ...]
     orientation: str
+    like_label: bool
 
 
 def add_unlabeled(dataset: str, folder: Path, reorient: bool = False, dry_run: bool = False, processes: int = 1) -> str:
@@ -86,12 +90,27 @@ def add_unlabeled(dataset: str, folder: Path, reorient: bool = False, dry_run: b
     """
     raw = find_dataset(dataset)
     source = _checked_folder(folder)
-    dataset_json = read_json(raw / "dataset.json", "repair it")
+    if dry_run:
+        return _add(raw, source, reorient, True, processes)
+    with locked(raw / ".unlabeled.lock", f"another process is adding images to {raw}"):
+        _finish_moves(raw)
+        return _add(raw, source, reorient, False, processes)
+
+
+def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, processes: int) -> str:
+    dataset_json = read_dataset_json(raw)
     ending = dataset_json["file_ending"]
     incoming = find_incoming(source, channel_count(dataset_json), ending)
     images.check_inside([file for item in incoming for files in item.sources for file in files], source)
 
-    known = {name: _present(raw / name, ending) for name in ("imagesTr", "imagesTs", RAW_FOLDER)}
+    known = {
+        "imagesTr": [
+            Incoming(case, tuple((Path(file),) for file in files["images"]))
+            for case, files in labelled_cases(raw, dataset_json).items()
+        ],
+        "imagesTs": _present(raw / "imagesTs", ending),
+        RAW_FOLDER: _present(raw / RAW_FOLDER, ending),
+    }
     jobs = [item for items in known.values() for item in items]
     seen = run_jobs(look, [*jobs, *incoming], processes, "Reading images")
     facts = dict(zip((id(item) for item in (*jobs, *incoming)), seen, strict=True))
@@ -141,12 +160,17 @@ def find_incoming(source: Path, channels: int, ending: str) -> list[Incoming]:
         if suffix is None:
             ignored.append(file)
             continue
-        found.setdefault(_clean(file.name[: -len(suffix)]), []).append((file,))
+        found.setdefault(_case_name(file.name[: -len(suffix)], file), []).append((file,))
     per_folder = [folder for folder, _ in series]
     for (folder, uid), members in series.items():
+        if len(members) < 2:
+            raise InputError(
+                f"{members[0]}: the DICOM series has one file only; complete it, move it away if it is a scout, or "
+                f"convert it to NIfTI if it holds all slices"
+            )
         name = folder.relative_to(source).as_posix() if folder != source else source.name
         several = per_folder.count(folder) > 1
-        found.setdefault(_clean(f"{name}_{uid[-8:]}" if several else name), []).append(tuple(members))
+        found.setdefault(_case_name(f"{name}_{uid[-8:]}" if several else name, folder), []).append(tuple(members))
     if not found:
         hint = f"; {len(ignored)} files of other kinds are there, e.g. {ignored[0]}" if ignored else ""
         kinds = ", ".join(formats) + ("" if formats == PHOTOGRAPHS else " and DICOM series")
@@ -162,14 +186,17 @@ def _by_case(found: dict[str, tuple[Path, ...]], channels: int, source: Path, en
     for name, files in found.items():
         match = re.fullmatch(r"(.+)_(\d{4})", name)
         if match and (channels > 1 or match[2] == "0000"):
-            cases.setdefault(match[1], {})[int(match[2])] = files
+            case, channel = match[1], int(match[2])
         elif channels == 1 or ending in PHOTOGRAPHS:
-            cases.setdefault(name, {})[0] = files
+            case, channel = name, 0
         else:
             raise InputError(
                 f"{files[0]}: the dataset has {channels} channels, so names must end with the channel, {name}_0000; "
                 f"rename it"
             )
+        if channel in cases.setdefault(case, {}):
+            raise InputError(f"{files[0]}: {cases[case][channel][0]} would be case {case} as well; rename one of them")
+        cases[case][channel] = files
     for case, parts in cases.items():
         expected = 1 if ending in PHOTOGRAPHS and set(parts) == {0} else channels
         if sorted(parts) != list(range(expected)):
@@ -196,9 +223,12 @@ def _checked_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _clean(name: str) -> str:
+def _case_name(name: str, file: Path) -> str:
     """A case id of letters, digits, '_', '-' and '.'."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.")
+    clean = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.")
+    if not clean:
+        raise InputError(f"{file}: its name has no letter (A to Z) or digit to call a case by; rename it")
+    return clean
 
 
 # --------------------------------------------------------------------------------------------------------- checking
@@ -214,7 +244,15 @@ def look(item: Incoming) -> Seen:
             raise InputError(f"{files[0]}: shape or geometry differ from {item.sources[0][0]}; resample it first")
     number = sum(channel.GetNumberOfComponentsPerPixel() for channel in channels)
     turned = images.orientation(first) if first.GetDimension() == 3 else ""
-    return Seen(item.case, images.content_hash(channels), number, first.GetSpacing(), turned)
+    few = _has_few_values(sitk.GetArrayViewFromImage(first))
+    return Seen(item.case, images.content_hash(channels), number, first.GetSpacing(), turned, few)
+
+
+def _has_few_values(array: np.ndarray) -> bool:
+    if array.dtype.kind not in "ui":
+        return False
+    some = np.unique(array.ravel()[::101])  # enough for nearly all images, and quick
+    return len(some) < 10 and len(np.unique(array)) < 10
 
 
 def _read(item: Incoming) -> list[sitk.Image]:
@@ -240,7 +278,7 @@ def _check_names(raw: Path, new: list[Incoming], facts: dict[int, Seen], known: 
 
 
 def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reorient: bool) -> list[str]:
-    """Errors for channels and orientation, warnings for spacing."""
+    """Errors for channels and orientation, warnings for values and spacing."""
     wrong = [fact.case for fact in new if fact.channels != channels]
     if wrong:
         raise InputError(
@@ -257,12 +295,18 @@ def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reori
             f"{_names(turned)}: the axes point elsewhere than in the labelled images ({_names(sorted(usual))}) and "
             f"nnU-Net does not turn images; --reorient turns them without loss"
         )
+    few = [fact.case for fact in new if fact.like_label]
+    warnings = []
+    if few and not any(fact.like_label for fact in labelled):
+        warnings.append(f"fewer than 10 different values, all of them whole numbers; labels? {_names(few)}")
     if not labelled or not new or len({len(fact.spacing) for fact in (*labelled, *new)}) > 1:
-        return []
+        return warnings
     spacings = np.sort([fact.spacing for fact in labelled], axis=1)  # the order of the axes may differ
     low, high = spacings.min(axis=0) / 2, spacings.max(axis=0) * 2
     far = [fact.case for fact in new if ((np.sort(fact.spacing) < low) | (np.sort(fact.spacing) > high)).any()]
-    return [f"spacing below half or above twice that of the labelled images: {_names(far)}"] if far else []
+    if far:
+        warnings.append(f"spacing below half or above twice that of the labelled images: {_names(far)}")
+    return warnings
 
 
 def _names(names: Sequence[str], most: int = 10) -> str:
@@ -275,37 +319,52 @@ def _names(names: Sequence[str], most: int = 10) -> str:
 @dataclass(frozen=True)
 class _Move:
     item: Incoming
-    folder: Path
+    hash: str
     work: Path
     ending: str
     orientation: str
 
 
 def _bring(raw: Path, new: list[Incoming], hashes: list[str], ending: str, orientation: str, processes: int) -> None:
-    record_file = raw / RECORD
-    record = read_json(record_file, "repair or remove it") if record_file.exists() else {}
-    (raw / RAW_FOLDER).mkdir(exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".tmp_unlabeled_", dir=raw))
+    work = raw / WORK
+    work.mkdir()
     try:
-        moves = [_Move(item, raw / RAW_FOLDER, work, ending, orientation) for item in new]
-        run_jobs(_bring_case, moves, processes, "Writing images")
+        moves = [_Move(item, digest, work, ending, orientation) for item, digest in zip(new, hashes, strict=True)]
+        run_jobs(_write_case, moves, processes, "Writing images")
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    for item, digest in zip(new, hashes, strict=True):
-        record[item.case] = {"source": [str(files[0]) for files in item.sources], "content": digest}
-    write_json(record_file, record)
+        _finish_moves(raw)
 
 
-def _bring_case(move: _Move) -> None:
-    targets = [f"{move.item.case}_{channel:04d}{move.ending}" for channel in range(len(move.item.sources))]
-    for image, files, target in zip(_read(move.item), move.item.sources, targets, strict=True):
+def _write_case(move: _Move) -> None:
+    """Write all files of a case to the work folder, and then what is to be done with them."""
+    item = move.item
+    targets = [f"{item.case}_{channel:04d}{move.ending}" for channel in range(len(item.sources))]
+    for image, files, target in zip(_read(item), item.sources, targets, strict=True):
         turn = move.orientation and images.orientation(image) != move.orientation
         if len(files) == 1 and files[0].name.endswith(move.ending) and not turn:
             shutil.copyfile(files[0], move.work / target)
         else:
             images.write_image(sitk.DICOMOrient(image, move.orientation) if turn else image, move.work / target)
-    for target in targets:
-        os.replace(move.work / target, move.folder / target)
+    entry = {"source": [str(files[0]) for files in item.sources], "content": move.hash}
+    write_json(move.work / f"{item.case}.json", {"files": targets, "record": {item.case: entry}})
+
+
+def _finish_moves(raw: Path) -> None:
+    """Record the cases that are whole in the work folder, this call's or that of a killed one, and put them in place.
+
+    Killed in between, the next call goes on: a case is planned as long as its plan is in the work folder.
+    """
+    work = raw / WORK
+    plans = [read_json(file, f"remove {work}") for file in sorted(work.glob("*.json"))]
+    if plans:
+        file = raw / RECORD
+        record = read_json(file, "repair or remove it") if file.exists() else {}
+        write_json(file, {**record, **{case: entry for plan in plans for case, entry in plan["record"].items()}})
+        (raw / RAW_FOLDER).mkdir(exist_ok=True)
+    for target in [target for plan in plans for target in plan["files"]]:
+        if (work / target).exists():
+            os.replace(work / target, raw / RAW_FOLDER / target)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _report(

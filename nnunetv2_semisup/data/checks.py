@@ -21,9 +21,14 @@ LABELS_OF = {LABELLED: "labelsTr", VALIDATION: "labelsVal", TEST: "labelsTs"}
 # --- of one image, raising ValueError: whoever preprocesses adds file and remedy -------------------------------------
 
 
-def require_whole_nifti(file: str) -> None:
-    """ITK reads a NIfTI file that was cut off without complaint and fills the rest with zeros, so count its bytes."""
-    if not file.endswith((".nii", ".nii.gz")):
+def require_whole_nifti(file: str, finite: bool = False) -> None:
+    """ITK reads a NIfTI file that was cut off without complaint and fills the rest with zeros, so count its bytes.
+
+    Args:
+        file: of any kind; what is not named as NIfTI passes.
+        finite: refuse NaN and infinity as well, which ITK turns into zeros.
+    """
+    if not file.lower().endswith((".nii", ".nii.gz")):
         return
     with open(file, "rb") as stream:
         is_compressed = stream.read(2) == b"\x1f\x8b"
@@ -37,10 +42,25 @@ def require_whole_nifti(file: str) -> None:
             raise ValueError(f"{name} is no NIfTI image")
         header = header_class(start, check=False)
         shape = header["dim"][1 : 1 + header["dim"][0]].astype(np.int64)
-        expected = int(header["vox_offset"]) + int(shape.prod()) * int(header["bitpix"]) // 8
-        found = header_size + sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
+        offset = int(header["vox_offset"])
+        expected = offset + int(shape.prod()) * int(header["bitpix"]) // 8
+        kind = {16: "f4", 64: "f8"}.get(int(header["datatype"])) if finite else None
+        found, rest = header_size, b""
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            if kind:
+                voxels = block[max(offset - found, 0) : max(expected - found, 0)]
+                rest = _require_finite_values(rest + voxels, kind, header, name)
+            found += len(block)
     if found < expected:
         raise ValueError(f"{name} is cut off, {found} of {expected} bytes are there")
+
+
+def _require_finite_values(content: bytes, kind: str, header: Nifti1Header, name: str) -> bytes:
+    """Check the whole numbers in ``content``; returns the bytes of the last one, if it is not whole."""
+    whole = len(content) // int(kind[1]) * int(kind[1])
+    if not np.isfinite(np.frombuffer(content[:whole], header.endianness + kind)).all():
+        raise ValueError(f"{name} has NaN or infinite values")
+    return content[whole:]
 
 
 def require_channels(data: np.ndarray, expected: int) -> None:
@@ -77,8 +97,8 @@ def check_label(array: np.ndarray, shape: tuple[int, ...], allowed: Sequence[int
         raise InputError(f"{path}: the label has type {array.dtype}, expected numbers")
     unexpected = np.unique(array[~np.isin(array, allowed)])
     if unexpected.size:
-        values = ", ".join(f"{value:g}" for value in unexpected[:5])
-        raise InputError(f"{path}: unexpected label value {values}; only {' and '.join(map(str, allowed))} may occur")
+        values = ", ".join(f"{value:.10g}" for value in unexpected[:5])
+        raise InputError(f"{path}: unexpected label value {values}; only {', '.join(map(str, allowed))} may occur")
 
 
 def check_not_empty(array: np.ndarray, path: os.PathLike) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import warnings
 from pathlib import Path
 
-from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
+from nnunetv2.utilities.utils import (
+    get_filenames_of_train_images_and_targets,
+    get_identifiers_from_splitted_dataset_folder,
+)
 
 from nnunetv2_semisup.errors import InputError
 
 RAW_FOLDER = "imagesUn"
+
+PATIENTS = "patients"  # key of dataset.json that nnU-Net ignores: labelled case -> patient
 
 _CASE_AND_CHANNEL = re.compile(r"(.+)_(\d{4})", re.DOTALL)
 
@@ -44,6 +50,19 @@ def read_json(file: Path, remedy: str) -> dict | list:
         raise InputError(f"{file} is not valid JSON ({error}): {remedy}") from error
 
 
+def read_dataset_json(raw_dataset_folder: Path) -> dict:
+    """Content of ``dataset.json``, checked for the keys that everything here needs."""
+    file = raw_dataset_folder / "dataset.json"
+    content = read_json(file, "repair it")
+    needed = ("channel_names", "labels", "file_ending")
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is a list, not an object with {', '.join(needed)}: repair it")
+    missing = [key for key in needed if not content.get(key) and not (key == "channel_names" and "modality" in content)]
+    if missing:
+        raise InputError(f"{file} has no {', '.join(missing)}: add it as nnU-Net's dataset format describes")
+    return content
+
+
 def channel_count(dataset_json: dict) -> int:
     """Number of input channels that ``dataset.json`` declares."""
     for key in ("channel_names", "modality"):
@@ -57,6 +76,21 @@ def labelled_identifiers(raw_dataset_folder: Path, dataset_json: dict) -> list[s
     if "dataset" in dataset_json:
         return sorted(dataset_json["dataset"])
     return _identifiers(raw_dataset_folder / "imagesTr", dataset_json["file_ending"])
+
+
+def labelled_cases(raw_dataset_folder: Path, dataset_json: dict) -> dict[str, dict]:
+    """Case -> {"images": files in channel order, "label": file}, as nnU-Net finds them."""
+    if "dataset" in dataset_json:
+        return get_filenames_of_train_images_and_targets(str(raw_dataset_folder), dataset_json)
+    ending = dataset_json["file_ending"]
+    images, labels = raw_dataset_folder / "imagesTr", raw_dataset_folder / "labelsTr"
+    return {
+        case: {
+            "images": sorted(map(str, images.glob(f"{glob.escape(case)}_[0-9][0-9][0-9][0-9]{ending}"))),
+            "label": str(labels / f"{case}{ending}"),
+        }
+        for case in labelled_identifiers(raw_dataset_folder, dataset_json)
+    }
 
 
 def find_unlabeled_cases(raw_dataset_folder: Path, dataset_json: dict) -> dict[str, list[str]]:
@@ -102,7 +136,7 @@ def find_unlabeled_cases(raw_dataset_folder: Path, dataset_json: dict) -> dict[s
     for file in spacing_files:
         if file.stem not in cases:
             raise InputError(f"{file} belongs to no image: it must be named as a case of {folder}, without channel")
-    _check_channels(folder, cases, _files_per_case(raw_dataset_folder, dataset_json))
+    _check_channels(folder, cases, files_per_case(raw_dataset_folder, dataset_json))
     both = sorted(set(cases) & set(labelled_identifiers(raw_dataset_folder, dataset_json)))
     if both:
         raise InputError(f"{folder} holds labelled cases ({_names(both)}): remove them, they are in imagesTr already")
@@ -129,7 +163,7 @@ def _check_channels(folder: Path, cases: dict[str, dict[int, str]], expected: in
             )
 
 
-def _files_per_case(raw_dataset_folder: Path, dataset_json: dict) -> int:
+def files_per_case(raw_dataset_folder: Path, dataset_json: dict) -> int:
     """Number of files of a case: one per channel, unless the labelled images hold all channels in one (colour, 4D)."""
     count = channel_count(dataset_json)
     if "dataset" in dataset_json:

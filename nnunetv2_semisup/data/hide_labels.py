@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import random
 import re
@@ -12,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_semisup.data.folders import RAW_FOLDER, labelled_identifiers, read_json
+from nnunetv2_semisup.data.checks import check_label
+from nnunetv2_semisup.data.folders import PATIENTS, RAW_FOLDER, files_per_case, labelled_cases, read_dataset_json
 from nnunetv2_semisup.data.images import last_line
 from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.data.raw import find_dataset, link_or_copy, new_dataset_path, whole_folder, write_splits
 from nnunetv2_semisup.errors import InputError
 
 RECORD = "hidden_labels.json"
+_READ_ERRORS = (RuntimeError, ValueError, OSError, EOFError)  # of nnU-Net's readers
 
 
 def hide_labels(
@@ -41,11 +41,12 @@ def hide_labels(
         labelled_choice: number of patients that keep their labels, or a file with one case id or patient per line.
         name: of the new dataset; None: that of the old one.
         patient_pattern: regular expression, found in a case id; its first group, or all that it matches, is the
-            patient. Cases of one patient stay together. None: every case is a patient.
+            patient. Cases of one patient stay together. None: as "patients" in dataset.json says, which our converters
+            write where a patient has several cases; else every case is a patient.
         stratified: choose by size of the foreground: one patient of each of N equal parts of the sorted list. This
             reads all labels, also those that are hidden then.
         seed: of the random choice.
-        processes: for reading labels.
+        processes: for reading images and labels.
 
     Returns:
         a report for people.
@@ -55,9 +56,9 @@ def hide_labels(
     """
     source = find_dataset(dataset)
     target = new_dataset_path(new_id, name or source.name.split("_", 1)[-1])
-    dataset_json = read_json(source / "dataset.json", "repair it")
+    dataset_json = read_dataset_json(source)
     cases = labelled_cases(source, dataset_json)
-    patient_of = group_cases(sorted(cases), patient_pattern)
+    patient_of = group_cases(sorted(cases), patient_pattern, dataset_json.get(PATIENTS))
     patients = sorted(set(patient_of.values()))
     sizes: dict[str, float] = {}
     if re.fullmatch(r"[+-]?\d+", labelled_choice):
@@ -80,9 +81,13 @@ def hide_labels(
     kept = [case for case in sorted(cases) if patient_of[case] in set(labelled)]
     hidden = [case for case in sorted(cases) if case not in set(kept)]
 
+    _check_cases(source, cases, kept, dataset_json, processes)
     with whole_folder(target) as folder:
         _link_cases(source, folder, cases, kept, hidden, dataset_json["file_ending"])
-        new_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
+        # How the source was converted and what it counted is told there, and not true of the new one.
+        new_json = {key: value for key, value in dataset_json.items() if key not in ("dataset", "conversion", PATIENTS)}
+        if len(patients) < len(cases):
+            new_json[PATIENTS] = {case: patient_of[case] for case in kept}
         _write_json(folder / "dataset.json", {**new_json, "numTraining": len(kept)})
         record = {
             "source": source.name,
@@ -101,35 +106,23 @@ def hide_labels(
     )
 
 
-def labelled_cases(source: Path, dataset_json: dict) -> dict[str, dict]:
-    """Case -> {"images": files in channel order, "label": file}, as nnU-Net finds them."""
-    if "dataset" in dataset_json:
-        return get_filenames_of_train_images_and_targets(str(source), dataset_json)
-    ending = dataset_json["file_ending"]
-    return {
-        case: {
-            "images": sorted(map(str, (source / "imagesTr").glob(f"{glob.escape(case)}_[0-9][0-9][0-9][0-9]{ending}"))),
-            "label": str(source / "labelsTr" / f"{case}{ending}"),
-        }
-        for case in labelled_identifiers(source, dataset_json)
-    }
-
-
-def group_cases(cases: Sequence[str], pattern: str | None) -> dict[str, str]:
-    """Case -> patient, by a regular expression; see ``hide_labels``."""
+def group_cases(cases: Sequence[str], pattern: str | None, known: object = None) -> dict[str, str]:
+    """Case -> patient, by a regular expression, or as ``known`` says; see ``hide_labels``."""
     if not cases:
         raise InputError("the dataset has no labelled cases: imagesTr is empty")
     if pattern is None:
-        return {case: case for case in cases}
+        known = known if isinstance(known, dict) else {}
+        return {case: str(known.get(case, case)) for case in cases}
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise InputError(f"--patient_pattern {pattern!r} is no regular expression: {error}") from error
     found = {case: compiled.search(case) for case in cases}
-    unknown = [case for case, match in found.items() if match is None]
+    patients = {case: match and match[min(compiled.groups, 1)] for case, match in found.items()}
+    unknown = [case for case, patient in patients.items() if not patient]
     if unknown:
-        raise InputError(f"--patient_pattern {pattern!r} is not found in {', '.join(unknown[:5])}; correct it")
-    return {case: match[1] if compiled.groups else match[0] for case, match in found.items()}
+        raise InputError(f"--patient_pattern {pattern!r} finds no patient in {', '.join(unknown[:5])}; correct it")
+    return patients
 
 
 def listed_patients(file: Path, patient_of: dict[str, str]) -> list[str]:
@@ -163,8 +156,7 @@ def foreground_sizes(
     cases: dict[str, dict], patient_of: dict[str, str], dataset_json: dict, processes: int
 ) -> dict[str, float]:
     """Patient -> mean number of labelled voxels per case; the ignore label is not counted."""
-    example = next(iter(cases.values()))["images"][0]
-    reader = determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+    reader = _reader(cases, dataset_json)
     count = partial(_foreground_voxels, reader=reader, ignore=dataset_json["labels"].get("ignore"))
     names = sorted(cases)
     counts = run_jobs(count, [cases[case]["label"] for case in names], processes, "Reading labels")
@@ -174,12 +166,52 @@ def foreground_sizes(
     return {patient: float(np.mean(voxels)) for patient, voxels in of_patient.items()}
 
 
+def _reader(cases: dict[str, dict], dataset_json: dict) -> type:
+    """nnU-Net's reader for the images of a dataset."""
+    example = next(iter(cases.values()))["images"][0]
+    return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+
+
 def _foreground_voxels(file: str, reader: type, ignore: int | None) -> int:
-    try:
-        label = reader().read_seg(file)[0]
-    except (RuntimeError, ValueError, OSError, EOFError) as error:
-        raise InputError(f"{file}: the label cannot be read ({last_line(error)}); repair or remove the case") from error
+    label, _ = _read_label(reader, file)
     return int(((label > 0) & (label != (-1 if ignore is None else ignore))).sum())
+
+
+def _read_label(reader: type, file: str) -> tuple[np.ndarray, dict]:
+    try:
+        return reader().read_seg(file)
+    except _READ_ERRORS as error:
+        raise InputError(f"{file}: the label cannot be read ({last_line(error)}); repair or remove the case") from error
+
+
+def _check_cases(source: Path, cases: dict[str, dict], kept: list[str], dataset_json: dict, processes: int) -> None:
+    """Every case must have its files; what keeps its label is read and compared with it."""
+    expected = files_per_case(source, dataset_json)
+    for case, files in cases.items():
+        number = len(files["images"])
+        if number != expected:
+            raise InputError(f"{source}: case {case} has {number} image files, expected {expected}; complete it")
+    for file in [file for case in kept for file in (*cases[case]["images"], cases[case]["label"])]:
+        if not Path(file).is_file():
+            raise InputError(f"{file} does not exist; complete the dataset")
+    try:
+        values = tuple(sorted({int(v) for entry in dataset_json["labels"].values() for v in np.atleast_1d(entry)}))
+    except (AttributeError, ValueError) as error:
+        raise InputError(f'{source / "dataset.json"}: labels must be {{"name": value, ...}}; correct it') from error
+    check = partial(_check_kept, reader=_reader(cases, dataset_json), values=values)
+    run_jobs(check, [cases[case] for case in kept], processes, "Checking labelled cases")
+
+
+def _check_kept(files: dict, reader: type, values: tuple[int, ...]) -> None:
+    label, label_facts = _read_label(reader, files["label"])
+    try:
+        image, image_facts = reader().read_images(files["images"])
+    except _READ_ERRORS as error:
+        text = f"the images cannot be read ({last_line(error)}); repair or remove the case"
+        raise InputError(f"{', '.join(files['images'])}: {text}") from error
+    check_label(label[0], image.shape[1:], values, files["label"])
+    if not np.allclose(label_facts["spacing"], image_facts["spacing"], rtol=1e-3):
+        raise InputError(f"{files['label']}: its spacing differs from that of {files['images'][0]}; correct the header")
 
 
 def _link_cases(

@@ -11,24 +11,41 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_semisup.data.checks import require_whole_nifti
+from nnunetv2_semisup.data.checks import check_label, require_whole_nifti
 from nnunetv2_semisup.errors import InputError
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
 
 def read_image(path: Path, image_io: str = "") -> sitk.Image:
-    """Read an image file; an InputError names it if it is damaged, a NIfTI file that was cut off included.
+    """Read an image file; an InputError names it if it is damaged, a NIfTI file cut off or with NaN included.
 
     Args:
         path: file of any format that SimpleITK knows.
         image_io: name of the reader, e.g. "NrrdImageIO"; empty: by content.
     """
     try:
-        require_whole_nifti(str(path))
+        require_whole_nifti(str(path), finite=True)
         return sitk.ReadImage(str(path), imageIO=image_io)
     except (RuntimeError, ValueError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: damaged or incomplete ({last_line(error)}); copy or download it again") from error
+
+
+def read_label(path: Path, allowed: Sequence[int]) -> sitk.Image:
+    """Read a 3D label as uint8, with its header, having checked that no other than the ``allowed`` values occur."""
+    label = read_image(path)
+    _require_volume(label, path)
+    array = sitk.GetArrayViewFromImage(label)
+    check_label(array, array.shape, allowed, path)
+    small = sitk.Cast(label, sitk.sitkUInt8)
+    for key in label.GetMetaDataKeys():
+        small.SetMetaData(key, label.GetMetaData(key))
+    return small
+
+
+def _require_volume(image: sitk.Image, path: Path) -> None:
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() > 1:
+        raise InputError(f"{path}: {image.GetDimension()} axes or several values per voxel; expected one 3D volume")
 
 
 def write_image(image: sitk.Image, path: Path) -> None:
@@ -62,7 +79,7 @@ def orientation(image: sitk.Image) -> str:
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
 
 
-def align_label(label: sitk.Image, image: sitk.Image, path: Path) -> tuple[sitk.Image, bool]:
+def align_label(label: sitk.Image, image: sitk.Image, path: Path, image_path: Path) -> tuple[sitk.Image, bool]:
     """Put a label stored with other axes onto the grid of its image, by permuting and flipping axes only.
 
     Which axes belong together is read from the direction matrices. No value is interpolated.
@@ -71,14 +88,23 @@ def align_label(label: sitk.Image, image: sitk.Image, path: Path) -> tuple[sitk.
         label: 3D, any orientation.
         image: 3D.
         path: the label's file, for errors.
+        image_path: the image's file, or one of them, for errors.
 
     Returns:
-        the label with the image's geometry, and whether both headers describe the same grid in space (to a tenth of a
-        voxel). If not, only the orientation could be taken from the headers: look at a preview.
+        the label with the image's geometry, and whether both headers describe the same place in space (to half a
+        voxel). If not, the label's header keeps no place, its origin is zero: only the orientation could be taken from
+        it, so look at a preview.
 
     Raises:
-        InputError: number of voxels or spacing differ after that.
+        InputError: the label keeps no orientation, or number of voxels, spacing or place differ after that.
     """
+    _require_volume(label, path)
+    _require_volume(image, image_path)
+    if _lacks_orientation(label) and not _lacks_orientation(image):
+        raise InputError(
+            f"{path}: its header keeps no orientation (qform and sform code 0), so which way round it belongs onto "
+            f"{image_path} is unknown; correct the header"
+        )
     between = _direction(label).T @ _direction(image)  # column j: image axis j in terms of the label's axes
     order = np.abs(between).argmax(axis=0)
     if len(set(order)) < 3:
@@ -100,15 +126,25 @@ def align_label(label: sitk.Image, image: sitk.Image, path: Path) -> tuple[sitk.
         )
     corner = np.zeros(3, int)
     corner[order] = [size - 1 if flip else 0 for size, flip in zip(array.shape, flipped, strict=True)]
-    # The first and the last voxel of the image, seen by the label's header.
+    # The first and the last voxel of the image, seen by the label's header: where in the image are they?
     opposite = np.asarray(label.GetSize()) - 1 - corner
     ends = [label.TransformIndexToPhysicalPoint([int(i) for i in index]) for index in (corner, opposite)]
-    last = image.TransformIndexToPhysicalPoint([size - 1 for size in image.GetSize()])
-    exact = np.allclose(ends, [image.GetOrigin(), last], rtol=0, atol=0.1 * min(image.GetSpacing()))
+    places = [image.TransformPhysicalPointToContinuousIndex(end) for end in ends]
+    off = np.abs(np.asarray(places) - [np.zeros(3), np.asarray(image.GetSize()) - 1]).max()
+    if off > 0.5 and any(label.GetOrigin()):
+        raise InputError(
+            f"{path}: by the headers it lies {off:.3g} voxels away from {image_path}; is it the label of another case? "
+            f"If it belongs there, correct the header, e.g. with origin and direction of the image"
+        )
 
     aligned = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
     aligned.CopyInformation(image)
-    return aligned, exact
+    return aligned, bool(off <= 0.5)
+
+
+def _lacks_orientation(image: sitk.Image) -> bool:
+    """Whether a NIfTI header says nothing of the axes."""
+    return all(image.HasMetaDataKey(key) and image.GetMetaData(key) == "0" for key in ("qform_code", "sform_code"))
 
 
 def content_hash(images: Sequence[sitk.Image]) -> str:
@@ -173,22 +209,49 @@ def walk(folder: Path) -> list[Path]:
 # --- DICOM ----------------------------------------------------------------------------------------------------------
 
 
+# Objects that are no images: directory, curves and presentation states, registrations, reports, documents, plans.
+_NO_IMAGES = (
+    "1.2.840.10008.1.3.10",
+    *(f"1.2.840.10008.5.1.4.1.1.{part}" for part in ("9.", "11.", "66", "88.", "104.", "481.3", "481.5")),
+)
+
+
 def find_series(files: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
-    """DICOM series among ``files``: (folder, series UID) -> files in the order of their position."""
-    folders = {}
-    for file in files:
-        if file.parent not in folders and _is_dicom(file):
-            folders[file.parent] = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(file.parent))
-    return {
-        (folder, uid): [Path(name) for name in sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)]
-        for folder, uids in folders.items()
-        for uid in uids
-    }
+    """DICOM series among ``files``: (folder, series UID) -> files in the order of their position.
+
+    Raises:
+        InputError: a DICOM file belongs to no series, since it cannot be read: the series would lack a slice.
+    """
+    found: dict[tuple[Path, str], list[Path]] = {}
+    dicom = [file for file in files if _is_dicom(file)]
+    for folder in dict.fromkeys(file.parent for file in dicom):
+        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
+            names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
+            found[folder, uid] = [Path(name) for name in names]
+    members = {file for series in found.values() for file in series}
+    for file in dicom:
+        if file not in members and not _dicom_class(file).startswith(_NO_IMAGES):
+            raise InputError(
+                f"{file}: a DICOM file that cannot be read as an image; download it again, or move it away if it is no "
+                f"slice"
+            )
+    return found
 
 
 def _is_dicom(file: Path) -> bool:
     with file.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
+
+
+def _dicom_class(file: Path) -> str:
+    """UID of the kind of object, from the file's meta header; empty if it is not there."""
+    with file.open("rb") as stream:
+        start = stream.read(1024)
+    place = start.find(b"\x02\0\x02\0UI") + 6
+    if place < 6:
+        return ""
+    length = int.from_bytes(start[place : place + 2], "little")
+    return start[place + 2 : place + 2 + length].decode("ascii", "replace").rstrip("\0 ")
 
 
 def dicom_tag(file: Path, tag: str) -> str:
@@ -207,6 +270,12 @@ def read_series(files: Sequence[Path]) -> sitk.Image:
     if len(files) < 2:
         raise InputError(f"{place}: the DICOM series has one slice only; copy or download it again")
     slices = [_information(file) for file in files]
+    for file, reader in zip(files, slices, strict=True):
+        if _stored_as(reader) != _stored_as(slices[0]):
+            raise InputError(
+                f"{file}: its values are stored otherwise than those of {files[0].name} (rescaling or number type); "
+                f"convert the series to NIfTI with a tool that allows this, e.g. dcm2niix"
+            )
     normal = np.asarray(slices[0].GetDirection()).reshape(3, 3)[:, 2]
     steps = np.diff([reader.GetOrigin() for reader in slices], axis=0)
     distances = steps @ normal
@@ -224,6 +293,12 @@ def read_series(files: Sequence[Path]) -> sitk.Image:
         return reader.Execute()
     except RuntimeError as error:
         raise InputError(f"{place}: damaged DICOM series ({last_line(error)}); download it again") from error
+
+
+def _stored_as(reader: sitk.ImageFileReader) -> list:
+    """Rescale intercept and slope, bits and sign of a slice."""
+    tags = ("0028|1052", "0028|1053", "0028|0100", "0028|0103")
+    return [float(reader.GetMetaData(tag)) if reader.HasMetaDataKey(tag) else None for tag in tags]
 
 
 def _information(file: Path) -> sitk.ImageFileReader:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 
 from tqdm import tqdm
 
@@ -38,17 +42,55 @@ def run_jobs(function: Callable, jobs: Sequence, processes: int, description: st
 
 
 def _run_in_processes(function: Callable, jobs: Sequence, processes: int, bar: tqdm) -> list:
-    # Workers ignore Ctrl-C: this process stops them, and waits for them before the folder they write to is removed.
-    pool = ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    )
     try:
-        futures = [pool.submit(function, job) for job in jobs]
-        for future in as_completed(futures):
-            future.result()
-            bar.update()
-        return [future.result() for future in futures]
+        with worker_pool(processes) as pool:
+            futures = [pool.submit(function, job) for job in jobs]
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+            return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise InputError(f"a worker process died, perhaps for lack of memory; try -np {processes // 2}") from error
+
+
+@contextlib.contextmanager
+def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of freshly started processes, none of which outlives the block, nor this process if that is killed."""
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    lifeline, our_end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(lifeline,))
+    try:
+        yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
+        with _no_interruption():
+            our_end.close()
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()  # also in the middle of a case: what it writes is not finished and nobody uses it
+            pool.shutdown(cancel_futures=True)
+            lifeline.close()
+
+
+@contextlib.contextmanager
+def _no_interruption() -> Iterator[None]:
+    """Ignore Ctrl-C for a moment, where signals can be handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker(lifeline: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
+
+
+def _exit_with_parent(lifeline: Connection) -> None:
+    """End this process when the other end of ``lifeline`` is closed, which ``kill -9`` of the parent does too."""
+    with contextlib.suppress(EOFError, OSError):
+        lifeline.recv()
+    os._exit(0)

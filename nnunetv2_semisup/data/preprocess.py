@@ -10,19 +10,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +39,7 @@ from nnunetv2_semisup.data.folders import (
     unlabeled_folder,
     write_json,
 )
+from nnunetv2_semisup.data.jobs import worker_pool
 from nnunetv2_semisup.errors import InputError
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")  # the files of a case: image, nonzero mask, properties
@@ -380,10 +377,7 @@ def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: in
 
 def _run_in_pool(jobs: list[_Job], workers: int, publish: Callable[[str], None]) -> None:
     """Run the jobs in processes of their own; the first error ends all of them and is raised."""
-    context = multiprocessing.get_context("spawn")
-    lifeline, our_end = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(lifeline,))
-    try:
+    with worker_pool(workers) as pool:
         case_of = {pool.submit(_preprocess_case, job): job.case for job in jobs}
         running = set(case_of)
         while running:
@@ -394,22 +388,6 @@ def _run_in_pool(jobs: list[_Job], workers: int, publish: Callable[[str], None])
                 publish(case_of[future])
             for future in failed:
                 future.result()  # raises
-    finally:
-        our_end.close()  # ends the workers, also in the middle of a case
-        pool.shutdown(cancel_futures=True)
-        lifeline.close()
-
-
-def _start_worker(lifeline: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
-    threading.Thread(target=_exit_with_parent, args=(lifeline,), daemon=True).start()
-
-
-def _exit_with_parent(lifeline: Connection) -> None:
-    """End this process when the other end of ``lifeline`` is closed, which ``kill -9`` of the parent does too."""
-    with contextlib.suppress(EOFError, OSError):
-        lifeline.recv()
-    os._exit(0)
 
 
 def _preprocess_case(job: _Job) -> None:

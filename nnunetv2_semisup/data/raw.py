@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from nnunetv2_semisup.data.folders import RAW_FOLDER
 from nnunetv2_semisup.data.splits import make_splits
 from nnunetv2_semisup.errors import InputError
@@ -60,28 +62,56 @@ def new_dataset_path(dataset_id: int, name: str) -> Path:
 
 
 @contextlib.contextmanager
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Hold the lock ``file``, which is gone afterwards; an InputError that starts with ``busy`` if another does."""
+    lock = FileLock(str(file))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{busy} (lock {file}); wait for it") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is locked: who waits for this file takes a new one
+        lock.release()
+
+
+def reserved_id(target: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of the ID of the dataset ``target``, so that no two processes make datasets with one ID."""
+    return locked(target.with_name(f".unfinished_{_id_of(target)}.lock"), f"another process is making {_id_of(target)}")
+
+
+@contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of ``target`` with the dataset's subfolders; rename it to ``target`` at the end.
 
-    On any error, Ctrl-C included, the temporary folder is removed. Its name does not start with ``Dataset``, so
-    nnU-Net never sees it.
+    On any error, Ctrl-C included, the temporary folder is removed; after ``kill -9`` the next call with this ID does
+    it. Its name does not start with ``Dataset``, so nnU-Net never sees it.
     """
-    temporary = target.with_name(f".tmp_{target.name}_{os.getpid()}")
-    temporary.mkdir()
-    try:
-        for name in SUBFOLDERS:
-            (temporary / name).mkdir()
-        yield temporary
-        publish(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with reserved_id(target):
+        for leftover in target.parent.glob(f".tmp_{_id_of(target)}_*"):
+            shutil.rmtree(leftover)
+        temporary = target.with_name(f".tmp_{target.name}")
+        try:
+            for name in SUBFOLDERS:
+                (temporary / name).mkdir(parents=True)
+            yield temporary
+            publish(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Rename a finished folder to its final name."""
-    if target.exists():  # rename would replace an empty folder that appeared meanwhile
-        raise InputError(f"{target} has appeared during the conversion; remove it and start again")
+    """Rename a finished folder to its final name, unless a dataset with the same ID has appeared meanwhile."""
+    taken = sorted(target.parent.glob(f"{_id_of(target)}*"))
+    if taken:
+        raise InputError(f"{taken[0]} has appeared during the conversion; remove it and start again")
     temporary.rename(target)
+
+
+def _id_of(target: Path) -> str:
+    """``Dataset004`` of ``Dataset004_Name``."""
+    return target.name.split("_", 1)[0]
 
 
 def link_or_copy(source: Path, target: Path) -> None:

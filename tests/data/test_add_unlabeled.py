@@ -1,11 +1,15 @@
 """Images of any format into imagesUn, with the checks."""
 
+import itertools
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from dicom_series import make_ct, write_series
+from filelock import FileLock
 
 from nnunetv2_semisup.data.add_unlabeled import add_unlabeled
 from nnunetv2_semisup.data.folders import find_unlabeled_cases
@@ -126,6 +130,9 @@ def test_several_channels(dataset, tmp_path):
         (lambda new: write(new / "a.nrrd", make_ct(20)), "imagesTr has another image named a"),
         (lambda new: write(new / "t_0000.nrrd", make_ct(20)), "imagesTs has another image named t"),
         (lambda new: [write(new / name, make_ct(20)) for name in ("p/x.nrrd", "q/x.mha")], "would be named x"),
+        (lambda new: [write(new / f"x{part}.nrrd", make_ct(20)) for part in ("", "_0000")], "would be case x as well"),
+        (lambda new: write(new / "\u60a3\u8005.nrrd", make_ct(20)), "has no letter"),
+        (lambda new: write_series(new / "s", make_ct(20, size=(7, 6, 1)), "P"), "one file only; complete it, move it"),
         (lambda new: write(new / "x_seg.nrrd", make_ct(20)), "x_seg.nrrd: nnU-Net keeps names"),
         (lambda new: write(new / "x.mha", sitk.JoinSeries([make_ct(20)] * 2)), "x.mha: several values per voxel"),
         (lambda new: write(new / "x.mha", sitk.Compose([make_ct(20)] * 2)), "x.mha: several values per voxel"),
@@ -166,3 +173,61 @@ def test_a_failing_case_leaves_no_half_case(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "write_image", write_image)
     assert "1 cases brought in" in add_unlabeled("5", tmp_path / "new")
     assert added(dataset) == ["x_0000.nii.gz", "y_0000.nii.gz"]
+
+
+def test_labelled_images_that_dataset_json_names_are_compared(dataset, tmp_path):
+    content = json.loads((dataset / "dataset.json").read_text())
+    (dataset / "imagesTr").rename(dataset / "data")
+    content["dataset"] = {case: {"images": [f"data/{case}_0000.nii.gz"], "label": f"{case}.nii.gz"} for case in "ab"}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    write(tmp_path / "new" / "leak.nrrd", make_ct(0))
+    write(tmp_path / "new" / "x.nrrd", make_ct(20))
+    assert "same content: leak = a" in add_unlabeled("5", tmp_path / "new") and added(dataset) == ["x_0000.nii.gz"]
+    write(tmp_path / "new" / "turned.nrrd", sitk.DICOMOrient(make_ct(21), "RAS"))
+    with pytest.raises(InputError, match="the axes point elsewhere"):
+        add_unlabeled("5", tmp_path / "new")
+
+
+def test_label_files_are_pointed_out(dataset, tmp_path):
+    write(tmp_path / "new" / "x.nrrd", make_ct(20))
+    write(tmp_path / "new" / "y.nrrd", make_ct(21) > 0)
+    assert "WARNING: fewer than 10 different values, all of them whole numbers; labels? y\n" in (
+        add_unlabeled("5", tmp_path / "new") + "\n"
+    )
+
+
+def test_one_process_at_a_time(dataset, tmp_path):
+    write(tmp_path / "new" / "x.nrrd", make_ct(20))
+    with FileLock(str(dataset / ".unlabeled.lock")), pytest.raises(InputError, match="another process is adding"):
+        add_unlabeled("5", tmp_path / "new")
+    add_unlabeled("5", tmp_path / "new")
+    assert added(dataset) == ["x_0000.nii.gz"] and not list(dataset.glob(".*"))
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_killed_at_every_rename(moment, dataset, tmp_path, monkeypatch):
+    """The folder as kill -9 leaves it: before the plan, the record, the first or the second of a case's two files."""
+    content = json.loads((dataset / "dataset.json").read_text())
+    (dataset / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "T1", "1": "T2"}}))
+    for case in ("imagesTr/a", "imagesTr/b", "imagesTs/t"):
+        write(dataset / f"{case}_0001.nii.gz", make_ct(40))
+    for channel in (0, 1):
+        write(tmp_path / "new" / f"x_000{channel}.nrrd", make_ct(20 + channel))
+    replace, kept = os.replace, tmp_path / "kept"
+    count = itertools.count()
+
+    def watched(*files):
+        if next(count) == moment:
+            shutil.copytree(dataset, kept)
+        replace(*files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", watched)
+        add_unlabeled("5", tmp_path / "new")
+    shutil.rmtree(dataset)
+    kept.rename(dataset)
+    report = add_unlabeled("5", tmp_path / "new")
+    assert ("1 cases brought in" in report) == (moment == 0)
+    assert added(dataset) == ["x_0000.nii.gz", "x_0001.nii.gz"]
+    assert list(json.loads((dataset / "added_unlabeled.json").read_text())) == ["x"]
+    assert not list(dataset.glob(".*"))

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -131,7 +132,8 @@ def test_files_are_copied_where_links_are_impossible(source, monkeypatch):
         (("4", 504, "0"), {}, "must be 1 to 12"),
         (("4", 504, "7"), {"patient_pattern": r"p\d"}, "must be 1 to 6"),
         (("4", 504, "2"), {"patient_pattern": "("}, "no regular expression"),
-        (("4", 504, "2"), {"patient_pattern": "q"}, "not found in p0_a"),
+        (("4", 504, "2"), {"patient_pattern": "q"}, "finds no patient in p0_a"),
+        (("4", 504, "2"), {"patient_pattern": "p(9)?"}, "finds no patient in p0_a"),
         (("4", 504, "absent.txt"), {}, "neither a number nor a list"),
         (("4", 504, "2"), {"name": "a/b"}, "--name"),
     ],
@@ -157,6 +159,89 @@ def test_damaged_source(source):
     with pytest.raises(InputError, match="p0_a.nrrd does not exist"):
         hide_labels("4", 504, "12")
     assert [path.name for path in source.parent.iterdir()] == ["Dataset004_Many"]
+
+
+def test_one_process_per_id_and_no_leftovers(source):
+    (source.parent / ".tmp_Dataset504_Killed" / "imagesTr").mkdir(parents=True)
+    with FileLock(str(source.parent / ".unfinished_Dataset504.lock")), pytest.raises(InputError, match="Dataset504"):
+        hide_labels("4", 504, "2", name="Other")
+    hide_labels("4", 504, "2")
+    assert sorted(path.name for path in source.parent.iterdir()) == ["Dataset004_Many", "Dataset504_Many"]
+
+
+def test_dataset_with_this_id_that_appears_meanwhile(source, monkeypatch):
+    link = module.link_or_copy
+    other = source.with_name("Dataset504_Other")
+    monkeypatch.setattr(module, "link_or_copy", lambda *files: (other.mkdir(exist_ok=True), link(*files)))
+    with pytest.raises(InputError, match="Dataset504_Other has appeared"):
+        hide_labels("4", 504, "2")
+    assert not source.with_name("Dataset504_Many").exists()
+
+
+def change_json(source, **changes):
+    content = json.loads((source / "dataset.json").read_text())
+    content = {key: value for key, value in {**content, **changes}.items() if value is not None}
+    (source / "dataset.json").write_text(json.dumps(content))
+
+
+def test_patients_that_dataset_json_names_stay_together(source):
+    change_json(source, patients={case: case[:2] for case in CASES}, conversion={"labelled": 12})
+    hide_labels("4", 504, "3")
+    target = source.with_name("Dataset504_Many")
+    kept = cases_in(target / "imagesTr")
+    assert len(kept) == 6 and len({case[:2] for case in kept}) == 3
+    dataset_json = json.loads((target / "dataset.json").read_text())
+    assert dataset_json["patients"] == {case: case[:2] for case in sorted(kept)} and "conversion" not in dataset_json
+    hide_labels("504", 505, "1")
+    assert len(cases_in(source.with_name("Dataset505_Many") / "imagesTr")) == 2
+
+
+@pytest.mark.parametrize("key", ["labels", "file_ending", "channel_names"])
+def test_incomplete_dataset_json(key, source):
+    change_json(source, **{key: None})
+    with pytest.raises(InputError, match=f"dataset.json has no {key}: add"):
+        hide_labels("4", 504, "2", stratified=True)
+
+
+def test_labels_the_other_way_round(source):
+    change_json(source, labels={"0": "background", "1": "x"})
+    with pytest.raises(InputError, match="dataset.json: labels must be"):
+        hide_labels("4", 504, "2")
+
+
+def test_dataset_json_that_is_a_list(source):
+    (source / "dataset.json").write_text("[]")
+    with pytest.raises(InputError, match="dataset.json is a list"):
+        hide_labels("4", 504, "2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        ("channel", "case p0_a has 1 image files, expected 2"),
+        ("value", "p0_a.nrrd: unexpected label value 9; only 0, 1, 2 may"),
+        ("shape", "p0_a.nrrd: the label has shape"),
+        ("spacing", "p0_a.nrrd: its spacing differs"),
+        ("image", "p0_a_0001.nrrd: the images cannot be read"),
+    ],
+)
+def test_labelled_cases_are_checked(damage, match, source):
+    label = np.ones((3, 4, 5), np.uint8)
+    match damage:
+        case "channel":
+            (source / "imagesTr" / "p0_a_0001.nrrd").unlink()
+        case "value":
+            write(source / "labelsTr" / "p0_a.nrrd", label * 9)
+        case "shape":
+            write(source / "labelsTr" / "p0_a.nrrd", label[:2])
+        case "spacing":
+            image = sitk.GetImageFromArray(label)
+            image.SetSpacing((1, 1, 2))
+            sitk.WriteImage(image, str(source / "labelsTr" / "p0_a.nrrd"))
+        case "image":
+            (source / "imagesTr" / "p0_a_0001.nrrd").write_bytes(b"NRRD")
+    with pytest.raises(InputError, match=match):
+        hide_labels("4", 504, "12")
 
 
 def test_dataset_json_may_name_the_files(source):

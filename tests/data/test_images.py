@@ -4,6 +4,7 @@ import itertools
 import re
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -14,7 +15,7 @@ from nnunetv2_semisup.data.checks import Facts
 from nnunetv2_semisup.data.preview import save_preview
 from nnunetv2_semisup.errors import InputError
 
-PATH = Path("label0001.nii.gz")
+PATH, IMAGE = Path("label0001.nii.gz"), Path("image0001.nii.gz")
 
 
 def store_differently(image: sitk.Image, order: tuple[int, ...], flipped: tuple[bool, ...]) -> sitk.Image:
@@ -45,7 +46,7 @@ def test_align_label_undoes_every_permutation_and_flip(angle):
         # The helper itself, against ITK: a voxel is where it was.
         point = image.TransformIndexToPhysicalPoint((1, 2, 3))
         assert stored[stored.TransformPhysicalPointToIndex(point)] == image[1, 2, 3]
-        aligned, exact = images.align_label(stored, image, PATH)
+        aligned, exact = images.align_label(stored, image, PATH, IMAGE)
         np.testing.assert_array_equal(sitk.GetArrayFromImage(aligned), sitk.GetArrayFromImage(image))
         assert exact and images.same_geometry(aligned, image)
 
@@ -57,7 +58,7 @@ def test_align_label_without_origin_and_obliqueness_uses_the_closest_axes(flippe
     stored = store_differently(image, (0, 1, 2), flipped)
     stored.SetOrigin((0, 0, 0))
     stored.SetDirection(np.diag([-1.0 if flip else 1.0 for flip in flipped]).ravel())
-    aligned, exact = images.align_label(stored, image, PATH)
+    aligned, exact = images.align_label(stored, image, PATH, IMAGE)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(aligned), sitk.GetArrayFromImage(image))
     assert not exact and images.same_geometry(aligned, image)
 
@@ -65,15 +66,15 @@ def test_align_label_without_origin_and_obliqueness_uses_the_closest_axes(flippe
 def test_align_label_refuses_another_grid():
     image = make_ct(0)
     with pytest.raises(InputError, match=r"label0001.nii.gz: the label has 7 x 6 x 4 voxels .* 7 x 6 x 5"):
-        images.align_label(image[:, :, :4], image, PATH)
+        images.align_label(image[:, :, :4], image, PATH, IMAGE)
     other = sitk.Image(image)
     other.SetSpacing((0.7, 0.8, 1.0))
     with pytest.raises(InputError, match=r"its spacing is 0.7 x 0.8 x 1 mm"):
-        images.align_label(other, image, PATH)
+        images.align_label(other, image, PATH, IMAGE)
     other = make_ct(0, size=(6, 6, 6), spacing=(1, 1, 1))
     other.SetDirection((np.array([[2, -1, 2], [2, 2, -1], [-1, 2, 2]]) / 3).ravel())
     with pytest.raises(InputError, match="axes lie between"):
-        images.align_label(other, make_ct(0, size=(6, 6, 6), spacing=(1, 1, 1), angle=0), PATH)
+        images.align_label(other, make_ct(0, size=(6, 6, 6), spacing=(1, 1, 1), angle=0), PATH, IMAGE)
 
 
 def test_dicom_series_comes_back_whole(tmp_path):
@@ -100,6 +101,52 @@ def test_damaged_dicom_series(tmp_path):
         images.read_series(found)
 
 
+def test_dicom_file_of_no_series(tmp_path):
+    """GDCM leaves out what it cannot read, at the ends of a series unnoticed; reports and the like may be there."""
+    write_series(tmp_path, make_ct(3), "P1")
+    (found,) = images.find_series(images.walk(tmp_path)).values()
+    report = b"\0" * 128 + b"DICM\x02\0\x02\0UI\x1e\x001.2.840.10008.5.1.4.1.1.88.11\0"
+    (tmp_path / "report.dcm").write_bytes(report)
+    assert list(images.find_series(images.walk(tmp_path)).values()) == [found]
+    for damaged in (found[0], found[-1]):
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:500])
+        with pytest.raises(InputError, match=f"{damaged.name}: a DICOM file that cannot be read"):
+            images.find_series(images.walk(tmp_path))
+        damaged.write_bytes(whole)
+
+
+def test_dicom_slices_of_another_scale(tmp_path):
+    write_series(tmp_path, make_ct(3), "P1")
+    (found,) = images.find_series(images.walk(tmp_path)).values()
+    whole = found[2].read_bytes()
+    slope = b"\x28\0\x53\x10\x02\0\0\0"
+    assert whole.count(slope + b"1 ") == 1
+    found[2].write_bytes(whole.replace(slope + b"1 ", slope + b"2 "))
+    with pytest.raises(InputError, match=f"{found[2].name}: its values are stored otherwise than those of"):
+        images.read_series(found)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("kind", ["<f4", ">f8"])
+def test_values_of_nifti_that_are_not_finite(kind, value, tmp_path):
+    """ITK makes zeros of them."""
+    array = np.ones((70, 70, 70), kind)
+    for name in ("x.nii", "x.nii.gz"):
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / name)
+        assert sitk.GetArrayViewFromImage(images.read_image(tmp_path / name)).min() == 1
+    array[-1, -1, -1] = value
+    for name in ("x.nii", "x.nii.gz"):
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / name)
+        with pytest.raises(InputError, match=f"{name} has NaN or infinite values"):
+            images.read_image(tmp_path / name)
+
+
+def test_unexpected_label_values_are_written_out():
+    with pytest.raises(InputError, match="value 1.000001; only 0, 1, 2 may occur"):
+        checks.check_label(np.array([0, 1, 1.000001]), (3,), (0, 1, 2), PATH)
+
+
 def test_content_hash_is_that_of_the_content(tmp_path):
     ct = make_ct(4, angle=0)
     for ending in (".nii.gz", ".nrrd", ".mha"):
@@ -110,11 +157,12 @@ def test_content_hash_is_that_of_the_content(tmp_path):
     assert images.content_hash([ct[:, ::-1, :]]) == images.content_hash([ct])  # ITK moves the geometry along
 
 
-def test_cut_off_nifti_is_noticed(tmp_path):
-    sitk.WriteImage(make_ct(0), str(tmp_path / "x.nii"))
-    (tmp_path / "x.nii").write_bytes((tmp_path / "x.nii").read_bytes()[:-10])
-    with pytest.raises(InputError, match="x.nii: damaged or incomplete .*cut off"):
-        images.read_image(tmp_path / "x.nii")
+@pytest.mark.parametrize("name", ["x.nii", "X.NII"])
+def test_cut_off_nifti_is_noticed(name, tmp_path):
+    sitk.WriteImage(make_ct(0), str(tmp_path / "whole.nii"))
+    (tmp_path / name).write_bytes((tmp_path / "whole.nii").read_bytes()[:-10])
+    with pytest.raises(InputError, match=f"{name}: damaged or incomplete .*cut off"):
+        images.read_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["x.zip", "x.tar.gz", "x.7z"])

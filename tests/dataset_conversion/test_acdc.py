@@ -112,6 +112,8 @@ def test_info_goes_to_a_table(raw, tmp_path):
 def test_folds_keep_patients_and_the_doubled_scan_together(raw, tmp_path):
     acdc.convert(make_source("h5", tmp_path / "source"), 27, "all")
     folds = json.loads((raw / "Dataset027_ACDC" / "splits_final.json").read_text())
+    patients = json.loads((raw / "Dataset027_ACDC" / "dataset.json").read_text())["patients"]
+    assert len(patients) == 10 and patients["patient074_ED"] == patients["patient076_ES"] != patients["patient099_ED"]
     assert len(folds) == 4  # five patients, two of them one scan
     for fold in folds:
         sides = [{case.split("_")[0].replace("076", "074") for case in fold[side]} for side in ("train", "val")]
@@ -144,6 +146,7 @@ def test_labels_of_unlabelled_patients_are_not_read(raw, tmp_path):
         ("label 4", "frame12_gt.nii.gz: unexpected label value 4"),
         ("label spacing", "frame12_gt.nii.gz: its header differs from patient099_frame12"),
         ("label shape", "frame12_gt.nii.gz: the label has shape"),
+        ("image twice", "patient099_frame12.nii: there is also .*patient099_frame12.nii.gz"),
         ("cut image", "patient099_frame12.nii.gz: damaged or incomplete"),
         ("no ES", "Info.cfg does not give the frames ED and ES"),
         ("no frame", r"1 of 8 patients .* in training: patient099; complete"),
@@ -162,6 +165,8 @@ def test_damaged_nifti(damage, match, raw, tmp_path):
             write_nifti(label, make_frame(1)[1], spacing=(1.5, 1.25, 8.0))
         case "label shape":
             write_nifti(label, make_frame(1)[1][:-1])
+        case "image twice":
+            write_nifti(folder / "patient099_frame12.nii", make_frame(5)[0])
         case "cut image":
             image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
         case "no ES":

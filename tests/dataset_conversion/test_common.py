@@ -94,11 +94,88 @@ def test_nothing_is_left_when_nothing_was_finished(nnunet_raw, source):
 
 
 def test_two_conversions_at_once(nnunet_raw, source):
-    folder = nnunet_raw / ".unfinished_Dataset007_X"
-    folder.mkdir()
-    with FileLock(str(folder / ".lock")):
-        refuse(nnunet_raw, "another process is converting", convert, make_recipe(source), source)
+    """Whatever the name: one ID, one process."""
+    with FileLock(str(nnunet_raw / ".unfinished_Dataset007.lock")):
+        refuse(nnunet_raw, "another process is making Dataset007", convert, make_recipe(source), source)
     convert(make_recipe(source), source)
+
+
+def test_the_id_is_locked_until_the_dataset_is_there(nnunet_raw, source, monkeypatch):
+    publish = common.publish
+
+    def while_published(folder, target):
+        with pytest.raises(InputError, match="another process is making Dataset007"):
+            common.convert(make_recipe(source), source, 7, "Y", Options())
+        publish(folder, target)
+
+    monkeypatch.setattr(common, "publish", while_published)
+    convert(make_recipe(source), source)
+    assert [path.name for path in nnunet_raw.iterdir()] == ["Dataset007_X"]
+
+
+def unfinished(nnunet_raw, source) -> Path:
+    """A conversion that failed at its last case."""
+    recipe = make_recipe(source)
+    intact = (source / "d.nrrd").read_bytes()
+    (source / "d.nrrd").write_bytes(b"NRRD")
+    refuse(nnunet_raw, "3 cases are finished", convert, recipe, source)
+    (source / "d.nrrd").write_bytes(intact)
+    return nnunet_raw / ".unfinished_Dataset007_X"
+
+
+def test_a_file_too_many_is_not_published(nnunet_raw, source):
+    """As a process that outlived its parent would leave it: the label of an unlabelled case."""
+    folder = unfinished(nnunet_raw, source)
+    (folder / "labelsTr" / "c.nii.gz").write_bytes(b"leak")
+    refuse(nnunet_raw, "labelsTr/c.nii.gz is of no case of this call.*; remove", convert, make_recipe(source), source)
+
+
+@pytest.mark.parametrize("damage", ["label gone", "image empty", "record empty", "record of another kind"])
+def test_what_was_written_must_still_be_there(damage, nnunet_raw, source):
+    folder = unfinished(nnunet_raw, source)
+    match damage:
+        case "label gone":
+            (folder / "labelsTr" / "a.nii.gz").unlink()
+        case "image empty":
+            (folder / "imagesTr" / "a_0000.nii.gz").write_bytes(b"")
+        case "record empty":
+            (folder / common.RECORDS / "a.json").write_bytes(b"")
+        case "record of another kind":
+            (folder / common.RECORDS / "a.json").write_text("[1]", encoding="utf-8")
+    convert(make_recipe(source), source)
+    for name in ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"):
+        assert read(nnunet_raw / "Dataset007_X" / name)[0].shape == (5, 4, 3)
+
+
+def test_nothing_is_lost_when_publishing_fails(nnunet_raw, source, monkeypatch):
+    def failing(folder, target):
+        raise OSError("no such luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "publish", failing)
+        refuse(nnunet_raw, r"no such luck \(4 cases are finished and kept", convert, make_recipe(source), source)
+    calls = []
+    monkeypatch.setattr(common, "write_image", lambda *arguments: calls.append(arguments))
+    convert(make_recipe(source), source)
+    assert not calls and [path.name for path in nnunet_raw.iterdir()] == ["Dataset007_X"]
+    assert not list((nnunet_raw / "Dataset007_X").glob(".*"))
+
+
+def test_another_number_of_previews_keeps_finished_cases(nnunet_raw, source, monkeypatch):
+    folder = unfinished(nnunet_raw, source)
+    before = (folder / "imagesTr" / "a_0000.nii.gz").stat().st_mtime_ns
+    convert(make_recipe(source), source, previews=1)
+    target = nnunet_raw / "Dataset007_X"
+    assert (target / "imagesTr" / "a_0000.nii.gz").stat().st_mtime_ns == before
+    assert names(target / "previews") == {"a"}
+
+
+def test_nothing_of_another_call_stays(nnunet_raw, source, capsys):
+    folder = unfinished(nnunet_raw, source)
+    (folder / "patients.csv").write_text("x", encoding="utf-8")
+    convert(make_recipe(source, offset=9), source)
+    assert "had 3 finished cases of another call" in capsys.readouterr().err
+    assert not (nnunet_raw / "Dataset007_X" / "patients.csv").exists()
 
 
 @given(st.integers(2, 40), st.data())

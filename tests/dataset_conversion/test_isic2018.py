@@ -86,6 +86,7 @@ def test_without_the_test_part(nnunet_raw, source):
         ("mask size", "ISIC_0000007_segmentation.png: the label has shape"),
         ("part", "no part of the challenge"),
         ("twice", "ISIC_0000003 is there twice"),
+        ("mask twice", "ISIC_0000007_segmentation.png: there is another"),
         ("nothing", "has no folder .Training_Input"),
     ],
 )
@@ -108,6 +109,9 @@ def test_wrong_input(damage, match, nnunet_raw, source):
         case "twice":
             (source / "Test_copy").mkdir()
             (source / "Test_copy" / photograph.name).write_bytes(photograph.read_bytes())
+        case "mask twice":
+            (source / "GroundTruth_old").mkdir()
+            (source / "GroundTruth_old" / mask.name).write_bytes(mask.read_bytes())
         case "nothing":
             source = source / "ISIC2018_Task1_Test_GroundTruth"
     refuse(nnunet_raw, match, isic2018.convert, source, 18, "2")

@@ -88,7 +88,10 @@ def test_lists(nnunet_raw, source, tmp_path):
         ("no label", "lack segmentation-N.nii: volume-0"),
         ("cut", "volume-0.nii: damaged or incomplete"),
         ("value", "segmentation-0.nii: unexpected label value 3"),
-        ("other axes elsewhere", "segmentation-0.nii: its header has axes RAS and another place"),
+        ("other axes elsewhere", "segmentation-0.nii: its header has axes RAS and no place"),
+        ("elsewhere", "segmentation-0.nii: by the headers it lies .* voxels away from .*volume-0.nii"),
+        ("four axes", "segmentation-0.nii: 4 axes or several values"),
+        ("image with four axes", "volume-0.nii: 4 axes or several values"),
         ("twice", "there is another"),
         ("all for testing", "--test 6: the number of test cases must be 0 to 5"),
         ("unknown test", "no such cases: volume-9"),
@@ -109,6 +112,13 @@ def test_wrong_input(damage, match, nnunet_raw, source, tmp_path):
             turned = sitk.DICOMOrient(label, "RAS")
             turned.SetOrigin((0, 0, 0))
             sitk.WriteImage(turned, str(part / "segmentation-0.nii"))
+        case "elsewhere":
+            label.SetOrigin((-50.5, 20.25, 600.0))
+            sitk.WriteImage(label, str(part / "segmentation-0.nii"))
+        case "four axes":
+            sitk.WriteImage(sitk.JoinSeries([label] * 2), str(part / "segmentation-0.nii"))
+        case "image with four axes":
+            sitk.WriteImage(sitk.JoinSeries([make_ct(0)] * 2), str(part / "volume-0.nii"))
         case "twice":
             sitk.WriteImage(label, str(source / "segmentation-0.nii.gz"))
         case "all for testing":

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -16,7 +17,7 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import C
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from dataset_conversion import lists, pancreas_ct
-from nnunetv2_semisup.data.images import same_geometry
+from nnunetv2_semisup.data.images import find_series, same_geometry
 
 pytestmark = pytest.mark.filterwarnings("ignore:One patient only")
 TRAIN, TEST = ["0002", "0070", "0019", "0033"], ["0050", "0025"]
@@ -135,6 +136,10 @@ def test_labels_of_unlabelled_cases_are_not_read(raw, tmp_path):
         ("no label", "1 of 4 cases lack the image or the label: 0019; complete"),
         ("missing slice", "PANCREAS_0033.*: the 4 DICOM slices are not evenly spaced"),
         ("label of another case", "label0002.nii.gz: the label has 8 x 6 x 5 voxels .* 7 x 6 x 5"),
+        ("label elsewhere", "label0002.nii.gz: by the headers it lies .* voxels away from .*dcm"),
+        ("label without orientation", "label0002.nii.gz: its header keeps no orientation .* onto .*dcm"),
+        ("label with four axes", "label0002.nii.gz: 4 axes or several values"),
+        ("unreadable slice", "cannot be read as an image; download"),
         ("label value", "label0002.nii.gz: unexpected label value 2"),
         ("empty label", "label0002.nii.gz: the label is empty"),
         ("cut label", "label0050.nii.gz: damaged or incomplete"),
@@ -159,6 +164,19 @@ def test_damaged_download(damage, match, raw, tmp_path):
                 file.unlink()
         case "label of another case":
             write_label(labels / "label0002.nii.gz", make_case("0019")[1], "full")
+        case "label elsewhere":
+            label.SetOrigin((200.0, 20.0, 300.0))
+            write_label(labels / "label0002.nii.gz", label, "full")
+        case "label without orientation":
+            stored = nibabel.load(labels / "label0002.nii.gz")
+            stored.set_qform(None, 0)
+            stored.set_sform(None, 0)
+            nibabel.save(stored, labels / "label0002.nii.gz")
+        case "label with four axes":
+            sitk.WriteImage(sitk.JoinSeries([label] * 2), str(labels / "label0002.nii.gz"))
+        case "unreadable slice":
+            ((*_, last),) = find_series(sorted(series.rglob("*.dcm"))).values()
+            last.write_bytes(last.read_bytes()[:500])
         case "label value":
             write_label(labels / "label0002.nii.gz", label * 2, "full")
         case "empty label":
