@@ -103,7 +103,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def publish(temporary: Path, target: Path) -> None:
     """Rename a finished folder to its final name, unless a dataset with the same ID has appeared meanwhile."""
-    taken = sorted(target.parent.glob(f"{_id_of(target)}*"))
+    taken = sorted(target.parent.glob(f"{_id_of(target)}_*"))
     if taken:
         raise InputError(f"{taken[0]} has appeared during the conversion; remove it and start again")
     temporary.rename(target)

@@ -35,8 +35,8 @@ def negative_class_probabilities(means: Tensor, present: Tensor, temperature: fl
     """
     unit = F.normalize(means, dim=1)
     allowed = present & ~torch.eye(len(present), dtype=torch.bool, device=present.device)
-    odds = torch.where(allowed, torch.exp((unit @ unit.T - 1) / temperature), 0.0)
-    return odds / odds.sum(1, keepdim=True).clamp(min=1e-12)
+    logits = torch.where(allowed, unit @ unit.T / temperature, -torch.inf)
+    return torch.softmax(logits, 1).nan_to_num(0.0)  # rows without any other class are NaN
 
 
 def draw_negatives(probabilities: Tensor, queries: int, negatives: int, pool: int) -> Tensor:
@@ -142,7 +142,8 @@ def adaptive_anatomical_contrast(
         teacher, queue, centres = (F.normalize(x.detach().float(), dim=1) for x in (teacher, queue, centres))
         own = (student * teacher).sum(1)
         # The n * M products are the largest array of the step: in parts, made again in the backward pass.
-        parts = [checkpoint(_log_sum_exp, part, queue, use_reentrant=False) for part in student.split(128)]
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        parts = [checkpoint(_log_sum_exp, part, queue, **again) for part in student.split(128)]
         total = torch.logaddexp(own, torch.cat(parts))
         total = torch.logaddexp(total, torch.logsumexp(student @ centres.T, 1))
         classes = torch.arange(len(centres), device=labels.device)

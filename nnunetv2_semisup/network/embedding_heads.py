@@ -31,10 +31,13 @@ def pool_cells(logits: Tensor, edges: Sequence[int]) -> Tensor:
 
 
 def windows(cells: Tensor) -> Tensor:
-    """All windows of 4 cells per axis, every second cell one: (B, X, Y, Z, C) to (B, P, C * 64), 2D (B, P, C * 16)."""
+    """All windows of 4 cells per axis, every second cell one: (B, X, Y, Z, C) to (B, P, C * 64), 2D (B, P, C * 16).
+
+    An axis of fewer cells, as of a patch of two slices, is in every window whole.
+    """
     dims = cells.ndim - 2
     for axis in range(1, dims + 1):
-        cells = cells.unfold(axis, 4, 2)
+        cells = cells.unfold(axis, min(4, cells.shape[axis]), 2)
     return cells.flatten(1, dims).flatten(2)
 
 

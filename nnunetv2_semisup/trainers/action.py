@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_semisup.distributed import gather_rows
-from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.anatomical import anatomical_contrast, draw_voxels
 from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, confidence_weighted_cross_entropy, mix, pseudo_label
@@ -139,6 +138,8 @@ class ACTION(SemiSupMethod):
         self.bounds = stage_bounds(s.stage_fractions, s.num_epochs)
         if s.lr_restart:
             self.learning_rate_starts = tuple(sorted(set(self.bounds[:-1])))
+        if s.mix != "none" and any(self.stage_weights(3).values()):
+            self.mixes_patches_by = f"mix = {s.mix}"
         self.first_supervised_epoch = 0 if s.stage1_supervised else self.bounds[1]
         self.classes = task.num_heads + task.has_regions  # of the contrast: with regions they have no background
         self.window_edges = window_edges(task.patch_size)
@@ -186,12 +187,6 @@ class ACTION(SemiSupMethod):
         return {"pseudo_label": s.w_unsup, "anatomical": s.w_anco} if stage == 3 else distillation
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
-        mixes = self.settings.mix != "none" and any(self.stage_weights(3).values())
-        if mixes and len(unlabelled["data"]) < 2:
-            raise InputError(
-                f"mix = {self.settings.mix} needs an unlabeled_batch_size of at least 2 per GPU, as "
-                f"patches are mixed with each other; or set mix = none"
-            )
         stage = self.stage(progress)
         if stage == 3 and self._stage < 3:
             self._reset_teacher(network)

@@ -154,7 +154,8 @@ class ACTIONPlusPlus(ACTION):
         if self._contrasted is None:
             return
         sums, present, teacher, labels = self._contrasted
-        rows, labels = gather_rows(teacher.flatten(0, 1)), gather_rows(labels.flatten())
+        # Class after class would let the last classes push the first ones out of a queue that is too short for all.
+        rows, labels = (gather_rows(x.transpose(0, 1).flatten(0, 1)) for x in (teacher, labels))
         self.queues["voxels"].push(rows, labels >= 0)
         self.queues["voxel_labels"].push(labels, labels >= 0)
         # The allocation of the centroids so far: the copy to the CPU is over by now, so that a GPU need not be awaited.

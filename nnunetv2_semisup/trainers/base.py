@@ -259,6 +259,11 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def on_train_start(self):
         if not self.was_initialized:
             self.initialize()
+        if self.method.mixes_patches_by and self._unlabeled_batch_size() < 2:
+            raise InputError(
+                f"{self.method.mixes_patches_by} mixes unlabelled patches with each other, and there is one per GPU: "
+                f"set unlabeled_batch_size to 2 per GPU or more, or another value of this setting"
+            )
         self.unlabeled_cases = self._prepare_unlabeled_cases()
         if self._loader_seed is not None:
             torch.manual_seed(self._loader_seed)

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, masked_dice, mix, pseudo_label
 from nnunetv2_semisup.network import taps
@@ -99,6 +98,7 @@ class CrossMatch(SemiSupMethod):
     def __init__(self, network: nn.Module, task: TaskInfo, settings: CrossMatchSettings):
         super().__init__(network, task, settings)
         self.unlabelled_draws = 2 if settings.mix_source == "loader" else 1
+        self.mixes_patches_by = "mix_source = batch_roll" if settings.mix_source == "batch_roll" else ""
         self._diagnostics: dict[str, Tensor] = {}
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
@@ -132,8 +132,6 @@ class CrossMatch(SemiSupMethod):
         """u and m: two draws of the loader, or the batch and the batch rolled by one."""
         if self.settings.mix_source == "loader":
             return images.chunk(2)
-        if images.shape[0] < 2:
-            raise InputError("mix_source = batch_roll needs an unlabeled_batch_size of at least 2")
         return images, images.roll(1, 0)
 
     def _weak_view(

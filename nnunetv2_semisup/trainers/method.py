@@ -53,6 +53,8 @@ class SemiSupMethod(nn.Module):
     first_supervised_epoch: int = 0
     #: Patches the loader draws for each unlabelled patch of the batch; a method may set its own.
     unlabelled_draws: int = 1
+    #: The setting that makes a step need two unlabelled patches on each GPU, as "mix = cutmix"; "" if one is enough.
+    mixes_patches_by: str = ""
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: SemiSupSettings):
         """Build what is needed beside ``network``, which may be looked at and copied but not kept."""

@@ -426,7 +426,7 @@ def damage_h5(folder: Path, kind: str) -> None:
         ("no hdf5", "damaged or incomplete"),
         ("no image", "no dataset 'image'"),
         ("no label", "no dataset 'label'"),
-        ("label 2", "unexpected label value 2; only 0, 1 may"),
+        ("label 2", "unexpected label value 2; only 0, 1"),
         ("label NaN", "unexpected label value nan"),
         ("empty label", "label is empty"),
         ("label shape", r"label has shape \(3, 5, 8\), the image \(8, 5, 3\)"),
@@ -480,7 +480,7 @@ def damage_nrrd(folder: Path, kind: str) -> None:
     [
         ("truncated image", "lgemri.nrrd: damaged or incomplete"),
         ("truncated label", "laendo.nrrd: damaged or incomplete"),
-        ("label 1", "laendo.nrrd: unexpected label value 1; only 0, 255 may"),
+        ("label 1", "laendo.nrrd: unexpected label value 1; only 0, 255"),
         ("label shape", "laendo.nrrd: the label has shape"),
         ("spacing", "laendo.nrrd: its header differs"),
         ("origin", "laendo.nrrd: its header differs"),

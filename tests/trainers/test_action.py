@@ -319,10 +319,12 @@ def test_a_single_patch_is_not_mixed(mix, tiny):
     assert torch.equal(mixed, images) and torch.equal(together.label, label)
 
 
-def test_a_single_patch_is_refused_at_the_first_step_unless_mixing_is_off(tiny):
+def test_a_single_patch_is_refused_before_anything_is_prepared_unless_mixing_is_off(tiny, monkeypatch):
     trainer = build(tiny, unlabeled_batch_size=1)
-    with pytest.raises(InputError, match="mix = cutmix needs .* at least 2"):
-        step_losses(trainer, make_batch(trainer), PROGRESS[1])
+    monkeypatch.setattr(trainer, "_prepare_unlabeled_cases", lambda: pytest.fail("preprocessed first"))
+    with pytest.raises(InputError, match="mix = cutmix .* one per GPU"):
+        trainer.on_train_start()
+    assert not build(tiny, mix="none").method.mixes_patches_by
     method = build(tiny, mix="none").method
     images, label = torch.randn(2, 1, 16, 16, 16), PseudoLabel(*torch.rand(2, 2, 1, 16, 16, 16))
     mixed, together = method._mixed(images, label)

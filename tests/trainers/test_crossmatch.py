@@ -263,8 +263,8 @@ def test_batch_roll_draws_once_and_takes_the_neighbours_labels(tiny):
     others = trainer.method._labels_of_partners(trainer.network, None, own)
     for mine, other in zip(own, others, strict=True):
         assert torch.equal(other.label[0], mine.label[1]) and torch.equal(other.confidence[1], mine.confidence[0])
-    with pytest.raises(InputError, match="at least 2"):
-        list(trainer.method.losses(trainer.network, batch, {"data": batch["unlabelled"]["data"][:1]}, 0.0))
+    with pytest.raises(InputError, match="mix_source = batch_roll .* one per GPU"):
+        build(tiny, mix_source="batch_roll", unlabeled_batch_size=1).on_train_start()
 
 
 def test_warm_up_scales_all_unsupervised_weights(tiny):
