@@ -21,7 +21,7 @@ EXPLANATION = """
   over cases, two-sided, not corrected for the number of rows. It tells nothing about other labelled cases.
   A mask that is rightly empty counts as a Dice of 1 here where another run put something into it.
 - `verdict`: "beats" = difference above twice the baseline's sd over seeds, "worse" = below minus that, "no difference"
-  = between. "one seed" = the baseline has one seed, so chance cannot be told.
+  = between. "too few seeds" = the baseline has one or two, so chance cannot be told.
 - `failures`: masks of which exactly one of prediction and reference is empty, over all seeds. Their Dice is 0; they
   have no distance and are left out of the distances' means.
 - `inference`: nnU-Net's own, or that of the literature's released code (uniform average, small strides, no mirroring).

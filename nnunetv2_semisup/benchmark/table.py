@@ -115,7 +115,7 @@ def compare(runs: pd.DataFrame, cases: pd.DataFrame, speeds: Sequence[dict] = ()
                     cases=dice[trainer],
                     difference=difference,
                     p=p,
-                    verdict=verdict(difference, baseline["dice"].std(ddof=1)),
+                    verdict=verdict(difference, _spread(baseline["dice"])),
                     cost=math.nan if trainer == BASELINE else _cost(of_trainer, setting, speeds),
                 )
             )
@@ -150,15 +150,20 @@ def paired_difference(method: pd.Series, baseline: pd.Series) -> tuple[float, fl
 def verdict(difference: float, baseline_sd: float) -> str:
     """``beats``: mean difference above twice the baseline's sd over seeds. ``worse``: below minus that.
 
-    Without a baseline nothing is said, and with one seed of it there is no measure of chance.
+    Without a baseline nothing is said, and with fewer than three seeds of it there is no measure of chance.
     """
     if math.isnan(difference):
         return ""
     if math.isnan(baseline_sd):
-        return "one seed"
+        return "too few seeds"
     if abs(difference) <= 2 * baseline_sd:
         return "no difference"
     return "beats" if difference > 0 else "worse"
+
+
+def _spread(dice: pd.Series) -> float:
+    """Sd over the seeds; NaN for fewer than three, whose sd may be small by chance."""
+    return dice.std(ddof=1) if len(dice) >= 3 else math.nan
 
 
 def _dice_per_case(rows: pd.DataFrame) -> pd.Series:

@@ -36,7 +36,7 @@ def test_means_sd_and_paired_difference(work, tmp_path):
     assert method.mean["dice"] == pytest.approx(0.844) and math.isnan(method.sd["dice"])
     assert method.difference == pytest.approx(0.144)  # 0.2 0.1 0.15 0.14 0.13
     assert method.p == pytest.approx(2 / 2**5)  # all five positive, two-sided
-    assert method.verdict == "no difference"  # 2 sd = 0.28
+    assert method.verdict == "too few seeds"
     assert list(stock.cases) == pytest.approx([0.6, 0.8, 0.7, 0.7, 0.7])
 
 
@@ -47,7 +47,7 @@ def test_means_sd_and_paired_difference(work, tmp_path):
         (0.02, 0.01, "no difference"),
         (-0.02, 0.01, "no difference"),
         (-0.021, 0.01, "worse"),
-        (0.5, math.nan, "one seed"),
+        (0.5, math.nan, "too few seeds"),
         (math.nan, 0.01, ""),
         (0.001, 0.0, "beats"),
     ],
@@ -120,7 +120,7 @@ def test_short_table(filled, tmp_path):
         ("80", ""),
     ]
     assert all(line[0] == "Tiny, plans cpu" and line[3] == "1,250" for line in lines)
-    assert lines[0][5].count("±") == 1 and lines[3][5].endswith("± –") and lines[4][7] == "one seed"
+    assert lines[0][5].count("±") == 1 and lines[3][5].endswith("± –") and lines[4][7] == "too few seeds"
     assert lines[1][7] == "beats" and lines[1][6].startswith("+")
 
 
