@@ -207,6 +207,15 @@ def _either(files: dict[str, Path], name: str) -> Path | None:
     return found[0] if found else None
 
 
+def _unlisted(files: dict[str, Path], roles: dict[str, str]) -> list[str]:
+    """What to tell of patients who are in no published list, such as those of the challenge's testing part."""
+    others = sorted({name[:10] for name in files} - {*roles, *SAME_SCAN})
+    if not others:
+        return []
+    named = others[0] if len(others) == 1 else f"{others[0]} to {others[-1]}"
+    return [f"{len(others)} more patients are there ({named}); they are in no published list and were not read"]
+
+
 def patients_csv(roles: dict[str, str], infos: dict[str, dict[str, str]]) -> str:
     """A table of the converted patients, as text."""
     table = io.StringIO()
@@ -268,7 +277,7 @@ def convert(
         conversion={"source_form": form, "missing": missing, "same_scan": told},
         spacing_note=spacing_note,
         role_notes=notes,
-        rows=[("note", text) for text in told],
+        rows=[("note", text) for text in (*told, *_unlisted(files, roles))],
         groups={f"{p}_{frame}": same if p in SAME_SCAN else p for p in infos for frame in FRAMES},
         extra_files={"patients.csv": patients_csv(roles, infos)},
     )

@@ -138,7 +138,8 @@ def convert(
         for part, number in PUBLISHED.items()
         if len(images[part]) != number
     ]
-    division = f"{len(test)} training images, seed {seed}" if test else "the challenge's"
+    published = "the challenge's" if images["test"] else "none"
+    division = f"{len(test)} training images, seed {seed}" if test else published
     recipe = Recipe(
         cases=[
             Case(case, role, (photographs[case],), None if role == UNLABELLED else masks[case])

@@ -239,7 +239,9 @@ def look(item: Incoming) -> Seen:
     channels = _read(item)
     first = channels[0]
     for channel, files in zip(channels, item.sources, strict=True):
-        checks.check_image(sitk.GetArrayViewFromImage(channel), files[0])
+        checks.check_image(
+            sitk.GetArrayViewFromImage(channel), files[0], grey_2d=files[0].suffix.lower() in PHOTOGRAPHS
+        )
         if channel.GetSize() != first.GetSize() or not images.same_geometry(channel, first):
             raise InputError(f"{files[0]}: shape or geometry differ from {item.sources[0][0]}; resample it first")
     number = sum(channel.GetNumberOfComponentsPerPixel() for channel in channels)

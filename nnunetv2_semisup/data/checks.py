@@ -79,9 +79,15 @@ def require_finite(data: np.ndarray) -> None:
 # --- of one case, raising InputError ---------------------------------------------------------------------------------
 
 
-def check_image(array: np.ndarray, path: os.PathLike) -> None:
-    """Raise an InputError unless ``array`` is a real-valued, finite, non-empty volume of three axes."""
-    if array.ndim != 3 or array.size == 0:
+def check_image(array: np.ndarray, path: os.PathLike, grey_2d: bool = False) -> None:
+    """Raise an InputError unless ``array`` is real-valued, finite, not empty, and has three axes.
+
+    Args:
+        array: a volume, or a colour photograph with its channels last.
+        path: of the image.
+        grey_2d: allow two axes as well.
+    """
+    if array.ndim not in ((2, 3) if grey_2d else (3,)) or array.size == 0:
         raise InputError(f"{path}: the image has shape {array.shape}, expected a volume of three axes")
     if array.dtype.kind not in "uif":
         raise InputError(f"{path}: the image has type {array.dtype}, expected numbers")

@@ -197,12 +197,16 @@ def walk(folder: Path) -> list[Path]:
     """All files below ``folder``, sorted, hidden ones left out.
 
     A linked folder is not entered: it leads to files that are found anyway, or out of ``folder``, which is refused.
+    So are links that lead nowhere.
     """
     found = []
     for root, folders, files in os.walk(folder):
         check_inside([Path(root, name) for name in folders if Path(root, name).is_symlink()], folder.resolve())
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root, name) for name in sorted(files) if not name.startswith(".")]
+    for file in found:
+        if not file.exists():
+            raise InputError(f"{file} is a link to {file.readlink()}, which does not exist; put the file there")
     return found
 
 

@@ -141,6 +141,7 @@ def test_several_channels(dataset, tmp_path):
             lambda new: (new / "x.nrrd").symlink_to(new.parent / "nnUNet_raw/Dataset005_CT/dataset.json"),
             "link that leaves",
         ),
+        (lambda new: (new / "x.nrrd").symlink_to("gone.nrrd"), "x.nrrd is a link to gone.nrrd, which does not exist"),
         (lambda new: write_series(new / "s", make_ct(20), "P", skip=(1,)), "not evenly spaced"),
     ],
 )
@@ -150,6 +151,22 @@ def test_wrong_input(make, match, dataset, tmp_path):
     with pytest.raises(InputError, match=match) as caught:
         add_unlabeled("5", tmp_path / "new")
     assert "\n" not in str(caught.value) and added(dataset) == []
+
+
+def test_grey_photographs(nnunet_raw, tmp_path):
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (4, 12, 9), dtype=np.uint8)
+    content = {"channel_names": {"0": "grey"}, "labels": {"background": 0, "x": 1}, "file_ending": ".png"}
+    dataset = nnunet_raw / "Dataset006_Grey"
+    for name, image in zip("ab", pixels, strict=False):
+        write(dataset / "imagesTr" / f"{name}_0000.png", sitk.GetImageFromArray(image))
+    (dataset / "dataset.json").write_text(json.dumps({**content, "numTraining": 2}))
+    for name, image in zip("cd", pixels[2:], strict=True):
+        write(tmp_path / "new" / f"{name}.png", sitk.GetImageFromArray(image))
+    assert "2 cases brought in" in add_unlabeled("6", tmp_path / "new")
+    for name, expected in zip("cd", pixels[2:], strict=True):
+        image = sitk.ReadImage(str(dataset / "imagesUn" / f"{name}_0000.png"))
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(image), expected)
 
 
 def test_a_failing_case_leaves_no_half_case(dataset, tmp_path, monkeypatch):

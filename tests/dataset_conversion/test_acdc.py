@@ -100,6 +100,20 @@ def test_every_voxel_arrives_where_it_was(form, raw, tmp_path):
     assert "2 in imagesTr, 1 patients" in report and "patient074 and patient076 have the same images" in report
 
 
+@pytest.mark.parametrize("form", ["nifti", "h5"])
+def test_patients_of_no_list_are_told(form, raw, tmp_path):
+    source = make_source(form, tmp_path / "source")
+    for file in [*source.rglob("patient011*"), *source.rglob("patient011*/*")]:
+        if file.is_file():
+            other = Path(str(file).replace("patient011", "patient101"))
+            other.parent.mkdir(exist_ok=True)
+            other.write_bytes(file.read_bytes())
+    if form == "nifti":
+        (source / "testing/patient101/Info.cfg").write_bytes((source / "testing/patient011/Info.cfg").read_bytes())
+    assert "1 more patients are there (patient101); they are in no published list" in acdc.convert(source, 27, "1")
+    assert not list((raw / "Dataset027_ACDC").rglob("patient101*"))
+
+
 def test_info_goes_to_a_table(raw, tmp_path):
     acdc.convert(make_source("nifti", tmp_path / "source"), 27, "1")
     rows = list(csv.DictReader((raw / "Dataset027_ACDC" / "patients.csv").open()))

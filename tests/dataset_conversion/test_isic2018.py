@@ -74,6 +74,9 @@ def test_without_the_test_part(nnunet_raw, source):
     isic2018.convert(source, 18, "2", "3")
     target = nnunet_raw / "Dataset018_ISIC2018"
     assert [len(names(target / folder)) for folder in ("imagesTr", "imagesUn", "imagesTs")] == [2, 1, 3]
+    isic2018.convert(source, 19, "2", "0")
+    content = json.loads((nnunet_raw / "Dataset019_ISIC2018" / "dataset.json").read_text())
+    assert content["conversion"]["test_part"] == "none"
 
 
 @pytest.mark.parametrize(
