@@ -22,13 +22,8 @@ import csv
 import gzip
 import io
 import math
-import multiprocessing
 import os
-import signal
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +35,9 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scipy.ndimage import generate_binary_structure
 from scipy.ndimage import label as label_components
-from tqdm import tqdm
 
 from nnunetv2_semisup.data.folders import read_json, write_json
+from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks
 
@@ -102,7 +97,7 @@ def evaluate_folder(
     jobs = _find_jobs(reference, prediction, labels, largest_component)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-    rows = [row for case_rows in _run(jobs, processes) for row in case_rows]
+    rows = [row for case_rows in run_jobs(_evaluate_case, jobs, processes, "Evaluating") for row in case_rows]
     if output is not None:
         _write_csv(output / "cases.csv", rows)
         write_json(output / "summary.json", _without_nan(summarize(rows)))
@@ -280,35 +275,6 @@ def _reader(dataset_json: dict, example: Path) -> type[BaseReaderWriter]:
             return determine_reader_writer_from_dataset_json(dataset_json, str(example), verbose=False)
         except RuntimeError as error:
             raise InputError(f"{example} cannot be read by any of nnU-Net's readers: is it damaged?") from error
-
-
-def _run(jobs: list[_Job], processes: int) -> list[list[dict]]:
-    with tqdm(total=len(jobs), desc="Evaluating", unit="case", disable=None) as bar:
-        if min(processes, len(jobs)) == 1:
-            return list(_counted(map(_evaluate_case, jobs), bar))
-        pool = ProcessPoolExecutor(
-            min(processes, len(jobs)),
-            multiprocessing.get_context("spawn"),
-            signal.signal,
-            (signal.SIGINT, signal.SIG_IGN),  # Ctrl-C reaches this process, which ends the workers
-        )
-        try:
-            futures = [pool.submit(_evaluate_case, job) for job in jobs]
-            for _ in _counted((future.result() for future in as_completed(futures)), bar):
-                pass
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"a worker was killed, most likely for lack of memory: try -np {processes // 2}"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _counted(results: Iterator[list[dict]], bar: tqdm) -> Iterator[list[dict]]:
-    for result in results:
-        bar.update()
-        yield result
 
 
 # ------------------------------------------------------------------------------------------------------------- one case
