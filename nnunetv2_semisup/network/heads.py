@@ -14,8 +14,9 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
 
     For rows in arrays of fixed size of which only some are filled: with ``valid`` it equals ``BatchNorm1d`` in training
     mode on ``rows[valid]``, running statistics included, without the boolean index, whose size the GPU would have to
-    report to the host. One valid row is normalised to the bias, none changes nothing. Without ``valid`` it uses the
-    running statistics, whatever the mode. Other processes are not asked: a class seen by one of them would hang them.
+    report to the host. The other rows are normalised likewise, by statistics that they have no part in. One valid row
+    is normalised to the bias, none changes nothing. Without ``valid`` it uses the running statistics, whatever the
+    mode. Other processes are not asked: a class seen by one of them would hang them.
     """
 
     def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -38,7 +38,8 @@ class SSNetSettings(SemiSupSettings):
     """Where paper and code differ: the paper's intent where the code contradicts its own comments, else the code.
 
     Released code for LA: lds_dice joint_linear, lds_smooth 1e-8, proto_select lowest, seg_ce_weight 0. For ACDC:
-    lambda_max 0.1, ramp_fraction 1, lds_smooth 1e-10, vat_eps 6, vat_xi 10, proto_select lowest, seg_ce_weight 0.
+    lambda_max 0.1, ramp_fraction 1, lds_smooth 1e-10, vat_eps 6, vat_xi 10 (on intensities in [0, 1], where nnU-Net has
+    z-scores), proto_select lowest, seg_ce_weight 0.
     """
 
     lambda_max: float = setting(1.0, "LA code; ACDC code: 0.1. Weight of both terms after the ramp")
@@ -145,7 +146,8 @@ class SSNet(SemiSupMethod):
             return output, clean, {}
         truth = self._labelled_voxels(labelled["target"])
         self._renew_prototypes(features, truth & self._predicted_voxels(clean))
-        return output, clean, {"separation_labelled": (weight, self._separation(features, truth))}
+        value = self._separation(features, truth, self._not_ignored(labelled["target"]))
+        return output, clean, {"separation_labelled": (weight, value)}
 
     def _unlabelled_pass(self, network: nn.Module, images: Tensor, weight: float) -> tuple[Group, Tensor]:
         """The separation term and the clean probabilities without gradient."""
@@ -154,7 +156,8 @@ class SSNet(SemiSupMethod):
         clean = self._clean(output)
         if not weight:
             return {}, clean
-        value = self._separation(features, self._predicted_voxels(clean))
+        predicted = self._predicted_voxels(clean)
+        value = self._separation(features, predicted, torch.ones_like(predicted[0]))
         return {"separation_unlabelled": (weight, value)}, clean
 
     def _clean(self, output: Tensor | list[Tensor]) -> Tensor:
@@ -175,6 +178,14 @@ class SSNet(SemiSupMethod):
             regions = regions[:, :-1] & ~regions[:, -1:]
         return regions.movedim(1, 0).flatten(1)
 
+    def _not_ignored(self, target: Tensor | list[Tensor]) -> Tensor:
+        """(B * voxels,) bool."""
+        target = target[0] if isinstance(target, list) else target
+        if self.task.ignore_label is None:
+            return torch.ones_like(target[:, 0], dtype=torch.bool).flatten()
+        ignored = target[:, -1].bool() if self.task.has_regions else target[:, 0] == self.task.ignore_label
+        return ~ignored.flatten()
+
     def _voxels_of_classes(self, labels: Tensor) -> Tensor:
         return torch.stack([(labels == c).flatten() for c in self.classes])
 
@@ -190,14 +201,20 @@ class SSNet(SemiSupMethod):
         self.memory.update(projected, valid, scores if self.settings.proto_select == "highest" else -scores)
         self._diagnostics["share_of_prototypes_filled"] = self.memory.filled().float().mean()
 
-    def _separation(self, features: Tensor, voxels: Tensor) -> Tensor:
-        """Mean over the classes, background counted, of the distance of their voxels (K, B * voxels) to prototypes."""
+    def _separation(self, features: Tensor, voxels: Tensor, normalising: Tensor) -> Tensor:
+        """Mean over the classes, background counted, of the distance of their voxels (K, B * voxels) to prototypes.
+
+        The heads' batch norm takes its statistics from the voxels ``normalising`` (B * voxels,), which are not those of
+        the classes alone: normalised by itself, a single foreground class could move as a whole without any change of
+        the loss, and so would get no gradient against the background.
+        """
         with torch.autocast(features.device.type, enabled=False):
-            rows, valid = sample_rows(features, voxels, self.settings.cs_max_rows)
-            contributes = (valid.sum(1) >= 2) & (self.memory.count >= 2)
-            valid = valid & contributes[:, None]
-            projected = self.projection(rows.flatten(0, 1), valid.flatten())
-            queries = self.prediction(projected, valid.flatten()).unflatten(0, valid.shape)
+            rows, valid = sample_rows(features, torch.cat([voxels, normalising[None]]), self.settings.cs_max_rows)
+            statistics = torch.cat([torch.zeros_like(valid[:-1]), valid[-1:]]).flatten()
+            projected = self.projection(rows.flatten(0, 1), statistics)
+            queries = self.prediction(projected, statistics).unflatten(0, valid.shape)[:-1]
+            contributes = (valid[:-1].sum(1) >= 2) & (self.memory.count >= 2)
+            valid = valid[:-1] & contributes[:, None]
             weights = torch.sigmoid(self._scores(self.selectors, queries.detach(), valid)) * valid
             prototypes, filled = self.memory.rows, self.memory.filled()
             prototype_weights = filled.float()

@@ -58,9 +58,17 @@ def slow_squared_dice(p, q, smooth):
 def test_dice_between_predictions(heads, shape, regions, seed):
     torch.manual_seed(seed)
     p, q = (probabilities(2 * torch.randn(2, heads, *shape), regions) for _ in range(2))
-    assert float(squared_dice(p, q, 1e-5)) == pytest.approx(slow_squared_dice(p, q, 1e-5), abs=1e-6)
+    for smooth in (1e-5, 1.0):
+        assert float(squared_dice(p, q, smooth)) == pytest.approx(slow_squared_dice(p, q, smooth), abs=1e-6)
+    linear = 1 - (2 * (p * q).sum() + 1.0) / (p.sum() + q.sum() + 1.0)
+    assert float(joint_linear_dice(p, q, 1.0)) == pytest.approx(float(linear), abs=1e-6)
     if not regions:  # softmax: 1 - mean over voxels of sum_c p_c q_c
         assert float(joint_linear_dice(p, q, 1e-8)) == pytest.approx(float(1 - (p * q).sum(1).mean()), abs=1e-6)
+
+
+def test_a_class_that_is_absent_in_both_costs_nothing():
+    p = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 3, 3)
+    assert float(squared_dice(p, p, 1e-5)) == 0
 
 
 def test_equal_predictions():

@@ -73,10 +73,7 @@ def assert_close(mine: dict, expected: dict, rtol=1e-4, atol=1e-6) -> None:
 
 
 def published_plan(trainer, batch, starts) -> torch.Tensor:
-    """Both streams as one batch, boolean indices, torch's batch norm, all pairs, one total; random directions given.
-
-    The rows that enter the heads are those of classes that contribute, which is our deviation.
-    """
+    """Both streams as one batch, boolean indices, torch's batch norm, all pairs, one total; random directions given."""
     network, method, s = trainer.network, trainer.method, trainer.settings
     regions, heads = trainer.label_manager.has_regions, trainer.label_manager.num_segmentation_heads
     images = torch.cat([batch["data"], batch["unlabelled"]["data"]])
@@ -105,6 +102,10 @@ def published_plan(trainer, batch, starts) -> torch.Tensor:
 
     # prototypes
     target = batch["target"][0]
+    counted = torch.ones(len(images), *images.shape[2:], dtype=torch.bool)  # not ignored: enters the heads
+    if trainer.label_manager.has_ignore_label:
+        ignored = target[:, -1].bool() if regions else target[:, 0] == trainer.label_manager.ignore_label
+        counted[:count] = ~ignored
     if regions:
         ignored = target[:, -1].bool() if trainer.label_manager.has_ignore_label else torch.zeros_like(target[:, 0])
         truth = [target[:, c].bool() & ~ignored.bool() for c in range(heads)]
@@ -125,10 +126,11 @@ def published_plan(trainer, batch, starts) -> torch.Tensor:
     # separation
     separation = 0
     for half, masks in ((slice(0, count), truth), (slice(count, None), [p[count:] for p in predicted])):
-        queried = {c: rows_of[half][masks[c]] for c in memory if int(masks[c].sum()) >= 2}
-        embedded = head(method.prediction, head(method.projection, torch.cat(list(queried.values()))))
-        for c, e in zip(queried, embedded.split([len(r) for r in queried.values()]), strict=True):
-            k, z = list(method.classes).index(c), memory[c]
+        embedded = head(method.prediction, head(method.projection, rows_of[half][counted[half]]))
+        for c, z in memory.items():
+            k, e = list(method.classes).index(c), embedded[masks[c][counted[half]]]
+            if len(e) < 2:
+                continue
             w = torch.sigmoid(head(method.selectors[k], e.detach())[:, 0])
             w = len(e) * w / w.sum()
             u = torch.ones(len(z))
@@ -169,7 +171,8 @@ def test_gradients_equal_the_published_plan(kind, settings, datasets, use, monke
             if isinstance(module, torch.nn.BatchNorm1d):
                 module.reset_running_stats()
     published_plan(trainer, batch, torch.cat(drawn[::-1])).backward()  # unlabelled noise is drawn first
-    assert_close(mine, gradients(trainer), rtol=2e-3, atol=2e-5)
+    # Rounding moves a voxel over the kink of a ReLU now and then, and its gradient is 1e-4 of a small tensor's.
+    assert_close(mine, gradients(trainer), rtol=2e-3, atol=2e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------ the noise
@@ -186,6 +189,24 @@ def test_noise_has_the_length_asked_for(tiny, absolute):
     torch.testing.assert_close(
         noise.flatten(1).norm(dim=1), torch.full((2,), expected, dtype=torch.float32), rtol=1e-4, atol=0
     )
+
+
+def test_noise_grows_with_the_channels(tiny, monkeypatch):
+    """One length per sample over all channels and voxels, so the share of each value is the same."""
+    method = build(tiny).method
+    images, target = torch.randn(3, 2, 8, 8, 8), torch.rand(3, 2, 8, 8, 8)
+    monkeypatch.setattr(method, "_under_noise", lambda network, images, noise: torch.sigmoid(images + noise))
+    noise, found = method._adversarial_noise(torch.nn.Identity(), images, target)
+    assert found.all()
+    torch.testing.assert_close(noise.square().mean([1, 2, 3, 4]).sqrt(), torch.full((3,), 0.01), rtol=1e-4, atol=0)
+
+
+def test_smoothing_of_the_dice_is_the_setting(tiny):
+    """Against some 10^4 voxels, 10^6 leaves a hundredth of the loss."""
+    usual, smooth = (build(tiny, lds_smooth=value) for value in (1e-5, 1e6))
+    batch = make_batch(usual)
+    few, many = (values(terms(trainer, batch))["smoothness_labelled"] for trainer in (smooth, usual))
+    assert 0 < few < 0.05 * many
 
 
 @pytest.mark.parametrize(("settings", "length"), [({"vat_xi": 3.0}, 3.0), ({"vat_xi_rms": 0.5}, 0.5 * 64)], ids=str)
@@ -306,6 +327,19 @@ def test_half_precision_finds_the_same_direction(tiny, precision):
 # ------------------------------------------------------------------------------------------------------- the prototypes
 
 
+def test_heads_are_the_published_ones(datasets, use):
+    trainer = build(use(datasets("4 classes")), proto_attention="normalised")
+    method, features = trainer.method, taps.feature_channels(trainer.network)
+
+    def shape(head):
+        return head.first.in_features, head.norm.num_features, head.last.out_features, head.negative_slope
+
+    assert shape(method.projection) == (features, 32, 32, 0) and shape(method.prediction) == (32, 32, 32, 0)
+    selectors = [*method.selectors, *method.prototype_selectors]
+    assert len(selectors) == 6 and all(shape(head) == (32, 32, 1, 0.2) for head in selectors)
+    assert method.memory.rows.shape == (3, 32, 32)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("background", [False, True])
 def test_memory_takes_correct_labelled_foreground_voxels_alone(kind, background, datasets, use, monkeypatch):
@@ -370,7 +404,8 @@ def test_an_overflowed_forward_leaves_nothing_in_the_memory(tiny):
     features = torch.randn(2, 4, 6, 6, 6)
     features[:, :, :3] = float("inf")
     method._renew_prototypes(features, torch.ones(1, 432, dtype=torch.bool))
-    separation = method._separation(features, torch.ones(1, 432, dtype=torch.bool))
+    everywhere = torch.ones(432, dtype=torch.bool)
+    separation = method._separation(features, everywhere[None], everywhere)
     assert torch.isfinite(separation) and int(method.memory.count) == 32
     assert all(torch.isfinite(b).all() for b in method.buffers())
 
@@ -378,22 +413,57 @@ def test_an_overflowed_forward_leaves_nothing_in_the_memory(tiny):
 # ------------------------------------------------------------------------------------------------------- the separation
 
 
+EVERYWHERE = torch.ones(432, dtype=torch.bool)
+
+
+def separation(method, features, voxels):
+    return method._separation(features, voxels, EVERYWHERE)
+
+
 @pytest.fixture
 def filled(datasets, use):
-    """A method of four classes with prototypes for classes 1 and 2, features, and the voxels of each class."""
+    """A method of four classes, 32 prototypes of class 1 and 5 of class 2, features, and the voxels of each class."""
     method = build(use(datasets("4 classes"))).method
     features = torch.randn(2, 4, 6, 6, 6, requires_grad=True)
     label = torch.randint(0, 4, (432,))
     voxels = torch.stack([label == c for c in (1, 2, 3)])
-    method._renew_prototypes(features, voxels & torch.tensor([True, True, False])[:, None])
+    candidates = voxels & torch.tensor([True, True, False])[:, None]
+    candidates[1, candidates[1].nonzero().flatten()[5:]] = False
+    method._renew_prototypes(features, candidates)
+    assert method.memory.count.tolist() == [32, 5, 0]
     return method, features, label, voxels
 
 
-def test_background_and_classes_without_memory_get_no_gradient(filled):
+def test_background_and_classes_without_memory_get_no_gradient_but_through_the_statistics(filled):
     method, features, label, voxels = filled
-    method._separation(features, voxels).backward()
+    for head in (method.projection, method.prediction):
+        head.forward = lambda rows, valid, norm=head.forward: norm(rows)  # running statistics
+    separation(method, features, voxels).backward()
     pulled = features.grad.movedim(1, -1).reshape(432, 4).any(1)
     assert torch.equal(pulled, (label == 1) | (label == 2))
+
+
+def test_a_single_class_is_pulled_as_a_whole(tiny):
+    """Were its own voxels alone the statistics of batch norm, the gradients of its voxels would sum to 0."""
+    method = build(tiny).method
+    features = torch.randn(2, 4, 6, 6, 6)
+    foreground = torch.rand(432) < 0.2
+    flat = features.movedim(1, -1).reshape(432, 4)
+    flat[foreground] += 1.0
+    features = flat.reshape(2, 6, 6, 6, 4).movedim(-1, 1).clone().requires_grad_(True)
+    method._renew_prototypes(features, foreground[None])
+    separation(method, features, foreground[None]).backward()
+    pulls = features.grad.movedim(1, -1).reshape(432, 4)
+    assert float(pulls[foreground].sum(0).norm()) > 0.05 * float(pulls[foreground].norm(dim=1).sum())
+    assert pulls[~foreground].any(1).all()
+
+
+def test_ignored_voxels_are_not_in_the_statistics(datasets, use):
+    method = build(use(datasets("ignore"))).method
+    labels = torch.randint(0, 2, (2, 1, 6, 6, 6))
+    ignored = torch.rand(labels.shape) < 0.3
+    target = torch.where(ignored, method.task.ignore_label, labels)
+    assert torch.equal(method._not_ignored([target]), ~ignored.flatten())
 
 
 def test_a_class_needs_two_prototypes_and_two_voxels(filled):
@@ -402,22 +472,22 @@ def test_a_class_needs_two_prototypes_and_two_voxels(filled):
     one[0] = False
     one[0, voxels[0].nonzero()[0]] = True  # one voxel of class 1
     only_second = voxels & torch.tensor([False, True, False])[:, None]
-    assert torch.equal(method._separation(features, one), method._separation(features, only_second))
+    assert torch.equal(separation(method, features, one), separation(method, features, only_second))
     method.memory.count[1] = 1
-    nothing = method._separation(features, only_second)
+    nothing = separation(method, features, only_second)
     nothing.backward()
     assert nothing.item() == 0 and not features.grad.any()
 
 
 def test_selectors_learn_but_do_not_steer_the_gradient_of_the_features(filled, monkeypatch):
     method, features, _, voxels = filled
-    method._separation(features, voxels).backward()
+    separation(method, features, voxels).backward()
     mine, features.grad = features.grad, None
     assert all(p.grad.any() for k in (0, 1) for p in method.selectors[k].last.parameters() if p.ndim > 1)
     assert not any(p.grad is not None and p.grad.any() for p in method.selectors[2].parameters())
     scores = method._scores
     monkeypatch.setattr(method, "_scores", lambda *a: scores(*a).detach())
-    method._separation(features, voxels).backward()
+    separation(method, features, voxels).backward()
     torch.testing.assert_close(features.grad, mine)
 
 
@@ -427,15 +497,15 @@ def test_divisor_counts_the_background(filled):
     direction = torch.randn(32)
     method.memory.rows[:] = -direction
     method.prediction.forward = lambda rows, valid: direction.expand(len(rows), 32)
-    assert method._separation(features, voxels).item() == pytest.approx((2 + 2) / 4, abs=1e-5)
+    assert separation(method, features, voxels).item() == pytest.approx((2 + 2) / 4, abs=1e-5)
 
 
 def test_capped_rows_estimate_the_same_loss(filled):
     method, features, _, voxels = filled
-    everything = method._separation(features, voxels).item()
-    assert everything == method._separation(features, voxels).item(), "no chance where all rows fit"
+    everything = separation(method, features, voxels).item()
+    assert everything == separation(method, features, voxels).item(), "no chance where all rows fit"
     method.settings = dataclasses.replace(method.settings, cs_max_rows=40)
-    capped = [method._separation(features, voxels).item() for _ in range(60)]
+    capped = [separation(method, features, voxels).item() for _ in range(60)]
     assert len(set(capped)) > 1 and sum(capped) / 60 == pytest.approx(everything, rel=0.02)
 
 
