@@ -107,12 +107,12 @@ def test_terms_and_gradients(build, name):
 
 
 def test_gradients_under_mixed_precision(build, name):
-    """In one autocast block per group, as on a GPU, every weight that has a gradient in fp32 still has one."""
+    """In one autocast block per group, as on a GPU, each group gives the gradient that it gives in fp32."""
     trainer = build()
     batch = make_batch(trainer)
     trained = []
     for precision in (torch.float32, torch.bfloat16):
-        trainer.network.zero_grad()
+        trained.append([])
         torch.manual_seed(0)
         groups = trainer.method.losses(trainer.network, batch, batch["unlabelled"], progress=0.5)
         while True:
@@ -121,9 +121,13 @@ def test_gradients_under_mixed_precision(build, name):
             if group is None:
                 break
             assert all(torch.isfinite(value) for _, value in group.values())
+            trainer.network.zero_grad()
             sum(weight * value for weight, value in group.values()).backward()
-        trained.append({k for k, p in trainer.network.named_parameters() if p.grad is not None})
-    assert trained[0] == trained[1]
+            trained[-1].append({k: p.grad for k, p in trainer.network.named_parameters() if p.grad is not None})
+    for exact, rounded in zip(*trained, strict=True):
+        assert exact.keys() == rounded.keys()
+        a, b = (torch.cat([g.flatten() for g in found.values()]) for found in (exact, rounded))
+        assert torch.cosine_similarity(a, b, dim=0) > 0.7 or not a.any()  # least, 0.82: SS-Net's search for a direction
 
 
 def test_network_and_method_share_no_parameter(build, name):

@@ -360,7 +360,19 @@ def test_a_fold_may_name_its_unlabelled_cases(use, tmp_path):
     assert trainer._prepare_unlabeled_cases() == ["unl2"]
 
 
-def test_compiled_run_keeps_stock_keys(tiny, monkeypatch):
+def test_mixed_precision_keeps_no_cast_weights(tiny, monkeypatch):
+    from nnunetv2_semisup.trainers import base
+
+    asked = []
+    monkeypatch.setattr(base, "autocast", lambda *args, **options: asked.append((args, options)))
+    trainer = tiny.trainer(NAME)
+    trainer.device = torch.device("cuda")
+    trainer._autocast()
+    assert asked == [(("cuda",), {"cache_enabled": False})]
+
+
+@pytest.mark.parametrize("name", [NAME, "nnUNetTrainerCrossMatch"])
+def test_compiled_run_keeps_stock_keys(name, tiny, monkeypatch):
     """As with a GPU: the network is not wrapped, taps and plain call run compiled, Dice is compiled by nnU-Net."""
     from nnunetv2_semisup.network import taps
 
@@ -368,11 +380,11 @@ def test_compiled_run_keeps_stock_keys(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: real(f, backend="aot_eager"))
     monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
     taps._compiled.cache_clear()
-    trainer = tiny.trainer(NAME)
+    trainer = tiny.trainer(name)
     trainer.initialize()
     assert type(trainer.network).__name__ == "PlainConvUNet"
     monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: False)
-    plain = tiny.trainer(NAME)
+    plain = tiny.trainer(name)
     plain.initialize()
     assert list(trainer.network.state_dict()) == list(plain.network.state_dict())
     plain.load_state = plain.network.load_state_dict(trainer.network.state_dict())

@@ -1,6 +1,7 @@
 """The invariants of CrossMatch (methods as published; see the module's docstring for the terms)."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def released_plan(trainer, batch, drawn) -> torch.Tensor:
 )
 def test_trimmed_groups_have_the_gradients_of_the_released_plan(configuration, kind, datasets, use, monkeypatch):
     """Groups one after the other, clean decode without gradient, unused passes left out: the same gradient."""
-    trainer = build(use(datasets(kind)), configuration)
+    trainer = build(use(datasets(kind)), configuration, box_probability=1.0)
     batch = make_batch(trainer)
     drawn = {}
     for name in ("draw_channel_masks", "draw_strong_view", "draw_boxes"):
@@ -253,16 +254,21 @@ def test_nothing_confident_teaches_nothing(tiny):
 
 
 def test_batch_roll_draws_once_and_takes_the_neighbours_labels(tiny):
-    trainer = build(tiny, mix_source="batch_roll")
-    assert trainer._unlabeled_batch_size() == 2 and build(tiny)._unlabeled_batch_size() == 4
+    assert build(tiny, mix_source="batch_roll")._unlabeled_batch_size() == 2
+    assert build(tiny)._unlabeled_batch_size() == 4
+    trainer = build(tiny, mix_source="batch_roll", unlabeled_batch_size=3)  # of two, both neighbours are the same
     batch = make_batch(trainer)
     assert list(terms(trainer, batch)) == [*TERMS, "supervised"]
-    own, _ = trainer.method._weak_view(
-        trainer.network, batch["unlabelled"]["data"], crossmatch.partial(trainer.method._dice, threshold=0.5)
-    )
+    images = batch["unlabelled"]["data"]
+    own, _ = trainer.method._weak_view(trainer.network, images, partial(trainer.method._dice, threshold=0.5))
+    _, partners = trainer.method._patches_and_partners(images)
     others = trainer.method._labels_of_partners(trainer.network, None, own)
-    for mine, other in zip(own, others, strict=True):
-        assert torch.equal(other.label[0], mine.label[1]) and torch.equal(other.confidence[1], mine.confidence[0])
+    for i, partner in enumerate(partners):
+        (neighbour,) = [j for j in range(3) if torch.equal(images[j], partner)]
+        assert neighbour != i
+        for mine, other in zip(own, others, strict=True):
+            assert torch.equal(other.label[i], mine.label[neighbour])
+            assert torch.equal(other.confidence[i], mine.confidence[neighbour])
     with pytest.raises(InputError, match="mix_source = batch_roll .* one per GPU"):
         build(tiny, mix_source="batch_roll", unlabeled_batch_size=1).on_train_start()
 
