@@ -155,7 +155,8 @@ def draw_boxes(images: Tensor, probability: float, volume: tuple[float, float]) 
         (B, 1, X, Y, Z) bool, True inside.
 
     Deviation: published sides are those of a cube, f V^(1/3), which leave flat patches; the published 3D code also
-    writes the ranges on the wrong axes. For cubic patches this is the published formula.
+    writes the ranges on the wrong axes. For cubic patches these are the published sides. Boxes that would not fit are
+    cut to the edge; the published 2D code draws again instead.
     """
     batch, shape, device = images.shape[0], images.shape[2:], images.device
     dims = len(shape)

@@ -209,3 +209,11 @@ class CrossMatch(SemiSupMethod):
 
 class nnUNetTrainerCrossMatch(nnUNetTrainerSemiSup):
     method_class = CrossMatch
+
+    def initialize(self):
+        super().initialize()
+        if self.settings.strong_bias_field and "CTNormalization" in self.configuration_manager.normalization_schemes:
+            self.print_to_log_file(
+                "strong_bias_field is on, but CT images have no bias field: consider nnUNetv2_semisup_plans --set "
+                "nnUNetTrainerCrossMatch.strong_bias_field=false"
+            )

@@ -273,6 +273,15 @@ def test_batch_roll_draws_once_and_takes_the_neighbours_labels(tiny):
         build(tiny, mix_source="batch_roll", unlabeled_batch_size=1).on_train_start()
 
 
+def test_a_bias_field_in_ct_is_told(tiny, capsys):
+    plans = tiny.plans
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    build(tiny, plans=plans, strong_bias_field=False)
+    assert "strong_bias_field" not in capsys.readouterr().out
+    build(tiny, plans=plans)
+    assert "nnUNetTrainerCrossMatch.strong_bias_field=false" in capsys.readouterr().out
+
+
 def test_warm_up_scales_all_unsupervised_weights(tiny):
     trainer = build(tiny, warm_up_fraction=0.5)
     batch = make_batch(trainer)
