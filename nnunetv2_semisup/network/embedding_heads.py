@@ -16,6 +16,12 @@ def mlp(in_features: int, hidden_features: int, out_features: int, relu: bool) -
     return nn.Sequential(nn.Linear(in_features, hidden_features), activation, nn.Linear(hidden_features, out_features))
 
 
+def coarse_means(features: Tensor, cells: int) -> Tensor:
+    """(B, C, X, Y, Z) to (B, C * cells^3), 2D (B, C * cells^2): means over as many equal parts of each axis."""
+    pool = F.adaptive_avg_pool3d if features.ndim == 5 else F.adaptive_avg_pool2d
+    return pool(features, cells).flatten(1)
+
+
 def window_edges(patch_size: Sequence[int]) -> tuple[int, ...]:
     """Edge of a window per axis, in voxels: the multiple of 4 nearest to patch / 5.6, at least 4.
 

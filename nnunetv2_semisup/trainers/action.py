@@ -25,6 +25,7 @@ from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.embedding_heads import (
     GridFeatures,
     RepresentationHead,
+    coarse_means,
     mlp,
     pool_cells,
     window_edges,
@@ -61,6 +62,9 @@ class ACTIONSettings(SemiSupSettings):
     strong_on: Literal["student", "teacher"] = setting("student", "best in the paper; the code's 2D default is teacher")
     local_mode: Literal["same_window", "pooled"] = setting("same_window", "paper; pooled: random windows as anchors")
     head_activation: Literal["relu", "none"] = setting("relu", "ARCO: non-linear; none: code")
+    global_cells: int = setting(
+        2, "ours, see docs: instance norm leaves no mean to compare; 1: global average, paper and code", "per axis"
+    )
     global_features: int = setting(128, "3D code; 2D code: 512", "channels")
     representation_features: int = setting(128, "3D code; 2D code: 512", "channels")
     jitter_probability: float = setting(0.5, "code: brightness and contrast of the strong view", "probability")
@@ -94,7 +98,7 @@ class ACTIONSettings(SemiSupSettings):
             self.require(0 <= getattr(self, key) < 1, key, "in [0, 1)")
         for key in ("jitter_probability", "blur_probability", "confident", "weak_threshold", "hard_threshold"):
             self.require(0 <= getattr(self, key) <= 1, key, "in [0, 1]")
-        for key in ("queue_size", "global_features", "representation_features", "queries", "negatives"):
+        for key in ("queue_size", "global_cells", "global_features", "representation_features", "queries", "negatives"):
             self.require(getattr(self, key) >= 1, key, "at least 1")
 
     def _each_stage_has_an_epoch(self, epochs: int) -> bool:
@@ -145,9 +149,9 @@ class ACTION(SemiSupMethod):
         self.window_edges = window_edges(task.patch_size)
 
         relu, bottleneck = s.head_activation == "relu", taps.bottleneck_channels(network)
-        d, c = s.global_features, task.num_heads
+        d, c, cells = s.global_features, task.num_heads, s.global_cells ** len(task.patch_size)
         self.projectors = nn.ModuleDict(
-            {"global": mlp(bottleneck, bottleneck, d, relu), "local": mlp(c, 2 * c, c, relu)}
+            {"global": mlp(bottleneck * cells, bottleneck, d, relu), "local": mlp(c, 2 * c, c, relu)}
         )
         self.predictors = nn.ModuleDict({"global": mlp(d, d, d, relu), "local": mlp(c, c, c, relu)})
         self.representation = RepresentationHead(
@@ -279,7 +283,7 @@ class ACTION(SemiSupMethod):
         inputs = {}
         with torch.autocast(bottleneck.device.type, enabled=False):
             if "global" in names:
-                inputs["global"] = bottleneck.float().flatten(2).mean(2)[:, None]
+                inputs["global"] = coarse_means(bottleneck.float(), self.settings.global_cells)[:, None]
             if "local" in names:
                 inputs["local"] = pool_cells(logits.float(), self.window_edges)
             embedded = {name: projectors[name](value) for name, value in inputs.items()}

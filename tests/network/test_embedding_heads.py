@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nnunetv2_semisup.network.embedding_heads import RepresentationHead, mlp, pool_cells, window_edges, windows
+from nnunetv2_semisup.network.embedding_heads import (
+    RepresentationHead,
+    coarse_means,
+    mlp,
+    pool_cells,
+    window_edges,
+    windows,
+)
 
 
 def sliding_windows(logits, edge):
@@ -18,6 +25,19 @@ def sliding_windows(logits, edge):
                 window = logits[:, :, x : x + edge, y : y + edge, z : z + edge]
                 pooled.append(F.adaptive_avg_pool3d(window, 4).flatten(1))
     return torch.stack(pooled, 1)
+
+
+def test_cells_tell_apart_what_instance_norm_gives_one_mean():
+    """After instance norm the mean of a channel is its bias, whatever the image; the means of its parts are not."""
+    torch.manual_seed(0)
+    features = nn.InstanceNorm3d(3)(torch.randn(2, 3, 4, 4, 4).cumsum(2))
+    whole, parts = coarse_means(features, 1), coarse_means(features, 2)
+    torch.testing.assert_close(whole, features.mean((2, 3, 4)))
+    assert float(whole.abs().max()) < 1e-6
+    assert parts.shape == (2, 24) and float(parts[0].dot(parts[1]) / parts.norm(dim=1).prod()) < 0.99
+    first = features[:, :, :2, :2, :2].mean((2, 3, 4))
+    torch.testing.assert_close(parts.unflatten(1, (3, 8))[:, :, 0], first)
+    assert coarse_means(features[..., 0], 2).shape == (2, 12)
 
 
 def test_windows_equal_sliding_windows_of_the_published_crop():
