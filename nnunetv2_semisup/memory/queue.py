@@ -8,7 +8,8 @@ from torch import Tensor, nn
 class Queue(nn.Module):
     """Ring buffer of fixed size, saved with its pointer. It is never empty: what was not replaced yet is the start.
 
-    Buffers: ``rows`` (size, *shape), ``pointer`` int64, the next place to be written. They never leave their device.
+    Buffers: ``rows`` (size, *shape), ``pointer`` int64, the next place to be written, ``count`` int64 of the rows that
+    were written so far, at most size. They never leave their device.
 
     Args:
         start: (size, *shape) content until rows are pushed; its type is the type rows are stored in.
@@ -20,6 +21,11 @@ class Queue(nn.Module):
         super().__init__()
         self.register_buffer("rows", start.clone())
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def is_full(self) -> Tensor:
+        """Scalar bool: nothing of the start is left."""
+        return self.count == self.rows.shape[0]
 
     @torch.no_grad()
     def push(self, rows: Tensor, valid: Tensor | None = None) -> None:
@@ -39,6 +45,7 @@ class Queue(nn.Module):
             keep = keep[order].reshape(-1, *[1] * (rows.ndim - 1))
             self.rows[places] = torch.where(keep, chunk[order].to(self.rows.dtype), self.rows[places])
             self.pointer.copy_((self.pointer + keep.sum()) % size)
+            self.count.copy_((self.count + keep.sum()).clamp(max=size))
 
 
 def random_unit_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

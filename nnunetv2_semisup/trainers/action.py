@@ -260,7 +260,9 @@ class ACTION(SemiSupMethod):
             value, alike = soft_negative_distillation(
                 student[name], teacher[name], self.queues[name].rows, *temperatures
             )
-            terms[f"{name}_{stream}"] = (weight, value)
+            # Against the random rows that a queue starts with, the first gradients would be by far the largest, and
+            # nnU-Net's momentum would keep them for a hundred steps.
+            terms[f"{name}_{stream}"] = (weight, value * self.queues[name].is_full())
             self._diagnostics[f"share_same_nearest_{name}_{stream}"] = alike
             self._to_queue.setdefault(name, []).append(self._kept_windows(name, teacher[name]))
         if supervised:

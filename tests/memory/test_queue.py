@@ -23,6 +23,7 @@ def test_the_last_rows_in_ring_order(size, chunks, masked):
                 expected[pushed % size] = row
                 pushed += 1
     assert torch.equal(queue.rows, expected) and int(queue.pointer) == pushed % size
+    assert int(queue.count) == min(pushed, size) and bool(queue.is_full()) == (pushed >= size)
 
 
 def test_rows_of_any_shape_and_their_own_type():

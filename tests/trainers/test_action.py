@@ -25,6 +25,8 @@ def build(dataset, configuration="3d_fullres", name=NAME, **settings):
     trainer = dataset.trainer(name, configuration, **settings)
     trainer.initialize()
     trainer.method.reset(trainer.network)
+    for name in ("global", "local"):  # as after the first steps
+        trainer.method.queues[name].count.fill_(trainer.settings.queue_size)
     return trainer
 
 
@@ -205,6 +207,20 @@ def test_supervised_term_of_stage_two_is_on_the_view_of_the_student(tiny):
     weight, value = step_losses(trainer, batch, PROGRESS[2])["supervised"]
     assert weight == 1.0
     torch.testing.assert_close(value, expected)
+
+
+def test_random_rows_of_the_start_are_not_compared_with(tiny):
+    """Three steps of 2 + 2 patches fill a queue of 10; until then the distillation has neither value nor gradient."""
+    trainer = build(tiny, num_epochs=4, queue_size=10)
+    method, batch = trainer.method, make_batch(trainer)
+    for queue in ("global", "local"):
+        method.queues[queue].count.zero_()
+    trainer.current_epoch = 1
+    for step in range(4):
+        terms = step_losses(trainer, batch, trainer.progress)
+        found = {name: value.item() for name, (_, value) in terms.items() if name != "supervised"}
+        assert len(found) == 4 and all((value > 0) == (step == 3) for value in found.values())
+        trainer.train_step(batch)
 
 
 @pytest.mark.parametrize("local_mode", ["same_window", "pooled"])
