@@ -127,7 +127,7 @@ def draw_label_efficiency(comparisons: list[Comparison]) -> Figure:
     seeds = sorted({len(c.seeds) for c in comparisons})
     one = "; no bar = one seed" if seeds[0] == 1 else ""
     s = comparisons[0].setting
-    axis.set_title(f"{family(s['dataset'])}, plans {s['plans']}, {s['steps']:,} steps{one}", fontsize="medium")
+    axis.set_title(f"{table.place(s)}, {s['steps']:,} steps{one}", fontsize="medium")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     return figure
@@ -167,9 +167,7 @@ def draw_cases(comparisons: list[Comparison]) -> Figure:
     s = baseline.setting
     for axis in axes[::columns]:
         axis.set_ylabel("test Dice in %, method")
-    figure.suptitle(
-        f"{family(s['dataset'])}, {s['labeled']} labelled, plans {s['plans']}, {s['steps']:,} steps", fontsize="medium"
-    )
+    figure.suptitle(f"{table.place(s)}, {s['labeled']} labelled, {s['steps']:,} steps", fontsize="medium")
     return figure
 
 

@@ -194,6 +194,12 @@ def _order(comparison: Comparison) -> tuple:
 # ------------------------------------------------------------------------------------------------------------- Markdown
 
 
+def place(setting: dict) -> str:
+    """Data, configuration and plans, for people: "LA, 3d_fullres, plans cpu"; nnU-Net's default plans are not named."""
+    plans = "" if setting["plans"] == "nnUNetPlans" else f", plans {setting['plans']}"
+    return f"{family(setting['dataset'])}, {setting['configuration']}{plans}"
+
+
 def short_table(comparisons: list[Comparison]) -> str:
     """For the front page: nnU-Net's own inference, no post-processing, Dice alone."""
     chosen = [c for c in comparisons if (c.setting["inference"], c.setting["postprocessing"]) == ("nnunet", "none")]
@@ -202,8 +208,7 @@ def short_table(comparisons: list[Comparison]) -> str:
     header = "data", "labelled", "trainer", "steps", "seeds", "Dice in %", "difference (p)", "verdict", "step cost"
     rows = [
         (
-            family(c.setting["dataset"])
-            + ("" if c.setting["plans"] == "nnUNetPlans" else f", plans {c.setting['plans']}"),
+            place(c.setting),
             f"{c.setting['labeled']}",
             f"`{c.trainer}`",
             f"{c.setting['steps']:,}",

@@ -119,7 +119,7 @@ def test_short_table(filled, tmp_path):
         *(("8", name) for name in ("", "CrossMatch", "MeanTeacher")),
         ("80", ""),
     ]
-    assert all(line[0] == "Tiny, plans cpu" and line[3] == "1,250" for line in lines)
+    assert all(line[0] == "Tiny, 3d_fullres, plans cpu" and line[3] == "1,250" for line in lines)
     assert lines[0][5].count("±") == 1 and lines[3][5].endswith("± –") and lines[4][7] == "too few seeds"
     assert lines[1][7] == "beats" and lines[1][6].startswith("+")
 
