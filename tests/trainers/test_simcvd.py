@@ -141,6 +141,30 @@ def test_the_labelled_batch_carries_the_map_of_its_target(datasets, use):
     np.testing.assert_array_equal(batch["sdm"][1, 1].numpy(), expected)
 
 
+@pytest.mark.parametrize(
+    ("configuration", "spacing"), [("3d_fullres", (3.0, 1.0, 0.5)), ("2d", (2.0, 0.5))], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("kind", ["ignore", "regions", "regions and ignore"])
+def test_the_map_knows_spacing_regions_and_ignored_voxels(configuration, spacing, kind, datasets, use):
+    dataset = use(datasets(kind))
+    plans = dataset.plans
+    plans["configurations"][configuration]["spacing"] = list(spacing)
+    trainer = build(dataset, configuration, plans=plans)
+    regions, ignore = "regions" in kind, "ignore" in kind
+    patch = trainer.configuration_manager.patch_size
+    mask, ignored = np.zeros(patch, bool), np.zeros(patch, bool)
+    mask[3:9, 4:13] = True
+    ignored[0, :2] = ignore
+    channels = [mask, mask, ignored][: 2 + ignore] if regions else [np.where(ignored, 2, mask)]
+    target = torch.from_numpy(np.stack([np.stack(channels)] * 2))
+    maps = trainer.method.labelled_transform()({"target": target})["sdm"]
+    expected = signed_distance_map(mask, spacing, ignored)
+    assert maps.shape == (2, 1 + regions, *patch)
+    np.testing.assert_array_equal(maps.numpy(), np.broadcast_to(expected, maps.shape))
+    assert np.isnan(expected).any() == ignore and np.isfinite(expected).mean() > 0.5
+    assert not np.array_equal(expected, signed_distance_map(mask, (1.0,) * len(spacing), ignored), equal_nan=True)
+
+
 # ------------------------------------------------------------------------------------------------ teacher and gradients
 
 
@@ -262,6 +286,65 @@ def test_consistency_of_the_maps_is_added(tiny, monkeypatch):
     found = terms(trainer, make_batch(trainer))["con"][1]
     assert [channels for channels, _ in parts] == [2, 1]  # probabilities, maps
     torch.testing.assert_close(found, sum(value for _, value in parts))
+
+
+@pytest.mark.parametrize(("setting", "name"), [({"pd_mode": "similarity_mse"}, "pd"), ({"con_on_sdm": True}, "con")])
+def test_the_other_forms_and_their_gradients_equal_the_equations(setting, name, tiny):
+    trainer = build(tiny, noise_std=0.0, **setting)
+    part_from_teacher(trainer)
+    batch, method = make_batch(trainer), trainer.method
+    passes = [method._forward(net, batch["unlabelled"]["data"]) for net in (trainer.network, method.teacher.module)]
+    if name == "con":
+        p, q = (torch.softmax(one.logits, 1) for one in passes)
+        convolutions = [heads["sdm"].convolution for heads in (method.heads, method.teacher_heads.module)]
+        s, t = (torch.tanh(c(one.features)) for c, one in zip(convolutions, passes, strict=True))
+        expected = ((p - q.detach()) ** 2).mean() + ((s - t.detach()) ** 2).mean()
+    else:
+        rows = [F.normalize(one.bottleneck.flatten(2), dim=1) for one in passes]
+        s, t = (torch.einsum("bfj,bfk->bjk", row, row) for row in rows)
+        expected = ((s - t.detach()) ** 2).mean()
+    found = terms(trainer, batch)[name][1]
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-4, atol=1e-8)
+    students = [*trainer.network.parameters(), *method.heads.parameters()]
+    mine, slow = (torch.autograd.grad(x, students, allow_unused=True) for x in (found, expected))
+    scale = max(float(g.abs().max()) for g in slow if g is not None)
+    assert scale > 0
+    for a, b in zip(mine, slow, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_noise_and_projection_follow_their_settings(tiny):
+    trainer = build(tiny, noise_std=3.0, noise_clip=0.7, proj_hidden=[7], proj_dim=3, proj_pool=5)
+    noise = trainer.method._noise(torch.zeros(2, 1, 16, 16, 16))
+    assert float(noise.abs().max()) == pytest.approx(0.7) and (noise.abs() < 0.7).any()
+    shapes = [tuple(p.shape) for p in trainer.method.heads["projection"].parameters()]
+    assert shapes == [(7, 25), (7,), (3, 7), (3,)]
+
+
+def test_diagnostics_are_the_shares_they_name(tiny, monkeypatch):
+    """Half the voxels and a quarter of the slices of the student agree with the teacher's."""
+    trainer = build(tiny)
+    sides = torch.ones(2, 1, 16, 16, 16)
+    sides[:, :, 8:] = -1  # the student's choice differs in this half
+    outputs = iter([torch.cat((torch.ones_like(sides), -torch.ones_like(sides)), 1), torch.cat((sides, -sides), 1)])
+
+    def forward(network, images):
+        return simcvd.Prediction(
+            next(outputs).requires_grad_(), torch.randn(2, 4, 16, 16, 16), torch.randn(2, 8, 4, 4, 4)
+        )
+
+    monkeypatch.setattr(trainer.method, "_forward", forward)
+    rows = torch.eye(32)[None]
+    for heads, found in (
+        (trainer.method.heads, rows[:, [*range(8), *range(9, 32), 8]]),
+        (trainer.method.teacher_heads.module, rows),
+    ):
+        heads["projection"].forward = lambda slices, found=found: found
+    trainer.method._unlabelled_terms(trainer.network, torch.zeros(2, 1, 16, 16, 16), {"contrast": 0.5, "con": 0.1})
+    shares = {name: float(value) for name, value in trainer.method.diagnostics().items()}
+    assert shares == {"share_teacher_student_agreement": 0.5, "share_slices_matched": 0.25}
 
 
 def test_backbone_dropout_is_in_every_pass_with_its_own_mask(tiny, monkeypatch):
