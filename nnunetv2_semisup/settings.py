@@ -74,8 +74,16 @@ def resolve(settings_class: type[SemiSupSettings], overrides: dict, where: str) 
         raise InputError(f"{where}: {error}") from None
 
 
-def of_trainer(plans: dict, trainer_name: str, settings_class: type[SemiSupSettings]) -> SemiSupSettings:
+def of_trainer(
+    plans: dict, trainer_name: str, settings_class: type[SemiSupSettings], epochs_of_name: int | None = None
+) -> SemiSupSettings:
     """Settings of ``trainer_name`` (without epoch suffix) with the overrides of ``plans``.
+
+    Args:
+        plans: of nnU-Net, maybe with settings under "semisup".
+        trainer_name: key of its settings.
+        settings_class: of its method.
+        epochs_of_name: number of epochs that the suffix of the trainer's name asks for; it beats that of the plans.
 
     Raises:
         InputError: the plans name an unknown trainer, or as :func:`resolve`.
@@ -92,7 +100,10 @@ def of_trainer(plans: dict, trainer_name: str, settings_class: type[SemiSupSetti
                 discovery.settings_class(name)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
-    return resolve(settings_class, overrides.get(trainer_name, {}), f"{where}: {trainer_name}")
+    mine = overrides.get(trainer_name, {})
+    if epochs_of_name is not None and isinstance(mine, dict):
+        mine = {**mine, "num_epochs": epochs_of_name}
+    return resolve(settings_class, mine, f"{where}: {trainer_name}")
 
 
 def parse_value(text: str):

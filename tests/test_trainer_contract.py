@@ -75,6 +75,7 @@ def test_nnunet_finds_it_and_it_pickles(name, monkeypatch):
 def test_epoch_suffix_beats_the_setting(name, tiny):
     assert tiny.trainer(name, num_epochs=7).num_epochs == 7
     assert tiny.trainer(f"{name}_5epochs", num_epochs=7).num_epochs == 5
+    assert tiny.trainer(f"{name}_5epochs", num_epochs=1).num_epochs == 5  # also where the plans ask for too few
 
 
 def test_cascade_is_refused_by_name(name, tiny):

@@ -40,6 +40,9 @@ from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 
 CANDIDATES = 2048  # voxels per class from which a step's negatives are drawn
+LOCAL_WIDTH = (
+    32  # at least, of the local heads' hidden layers: 2 units (2 classes) behind a ReLU are often off for good
+)
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,9 @@ class ACTION(SemiSupMethod):
         relu, bottleneck = s.head_activation == "relu", taps.bottleneck_channels(network)
         d, c, cells = s.global_features, task.num_heads, s.global_cells ** len(task.patch_size)
         self.projectors = nn.ModuleDict(
-            {"global": mlp(bottleneck * cells, bottleneck, d, relu), "local": mlp(c, 2 * c, c, relu)}
+            {"global": mlp(bottleneck * cells, bottleneck, d, relu), "local": mlp(c, max(2 * c, LOCAL_WIDTH), c, relu)}
         )
-        self.predictors = nn.ModuleDict({"global": mlp(d, d, d, relu), "local": mlp(c, c, c, relu)})
+        self.predictors = nn.ModuleDict({"global": mlp(d, d, d, relu), "local": mlp(c, max(c, LOCAL_WIDTH), c, relu)})
         self.representation = RepresentationHead(
             taps.level_channels(network), taps.first_stride(network), s.representation_features
         )

@@ -7,7 +7,6 @@ A new method is one new file in this folder with a settings dataclass and a subc
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import math
@@ -83,10 +82,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     @classmethod
     def _resolve_settings(cls, plans: dict) -> SemiSupSettings:
-        resolved = settings_module.of_trainer(plans, cls.base_name(), cls.method_class.settings_class)
-        if cls.epochs_of_name is not None:
-            resolved = dataclasses.replace(resolved, num_epochs=cls.epochs_of_name)
-        return resolved
+        return settings_module.of_trainer(plans, cls.base_name(), cls.method_class.settings_class, cls.epochs_of_name)
 
     def initialize(self):
         if self.is_cascaded:

@@ -12,7 +12,7 @@ from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.embedding_heads import pool_cells, windows
-from nnunetv2_semisup.trainers.action import ACTIONSettings, class_probabilities, disjoint_classes
+from nnunetv2_semisup.trainers.action import ACTION, ACTIONSettings, class_probabilities, disjoint_classes
 
 NAMES = ["nnUNetTrainerACTION", "nnUNetTrainerACTIONPlusPlus"]
 NAME = NAMES[0]
@@ -162,6 +162,19 @@ def test_stage_one_may_be_supervised(tiny):
 
 
 # --------------------------------------------------------------------------------------------------- stages one and two
+
+
+def test_local_heads_of_two_classes_are_never_dead(tiny):
+    """With few hidden units and a ReLU one start in eight has all of them off, for all inputs."""
+    logits = torch.randn(2, 2, 16, 16, 16).requires_grad_()
+    trainer = tiny.trainer(NAME)
+    trainer.initialize()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        method = ACTION(trainer.network, trainer.method.task, trainer.settings)
+        embedded = method._embeddings({"local": 1.0}, torch.zeros(2, 8), logits, method.projectors, method.predictors)
+        (gradient,) = torch.autograd.grad(embedded["local"].square().sum(), logits)
+        assert gradient.any(), seed
 
 
 @pytest.mark.parametrize("strong_on", ["student", "teacher"])
