@@ -13,6 +13,7 @@ from nnunetv2_semisup.losses.pseudo_label import PseudoLabel
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.embedding_heads import pool_cells, windows
 from nnunetv2_semisup.trainers.action import ACTION, ACTIONSettings, class_probabilities, disjoint_classes
+from nnunetv2_semisup.trainers.action_plus_plus import ACTIONPlusPlusSettings
 
 NAMES = ["nnUNetTrainerACTION", "nnUNetTrainerACTIONPlusPlus"]
 NAME = NAMES[0]
@@ -222,6 +223,46 @@ def test_supervised_term_of_stage_two_is_on_the_view_of_the_student(tiny):
     torch.testing.assert_close(value, expected)
 
 
+def test_each_queue_is_waited_for_by_its_own_terms(tiny):
+    """ACTION++ begins with both, ACTION fills the global one first."""
+    trainer = build(tiny)
+    trainer.method.queues["local"].count.zero_()
+    found = {name: value.item() for name, (_, value) in step_losses(trainer, make_batch(trainer), PROGRESS[2]).items()}
+    assert found["global_labelled"] > 0 and found["global_unlabelled"] > 0
+    assert found["local_labelled"] == found["local_unlabelled"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_passes_of_each_stage(name, tiny, monkeypatch):
+    """(patches, with decoder, with gradient) of each pass: what the costs in the docs count."""
+    trainer = build(tiny, name=name)
+    passes, encode = [], taps.encode
+
+    def encoded(network, images):
+        passes.append([len(images), False, torch.is_grad_enabled()])
+        return encode(network, images)
+
+    def note(function):
+        def noted(network, skips):
+            passes[-1][1] = True
+            return function(network, skips)
+
+        return noted
+
+    monkeypatch.setattr(taps, "encode", encoded)
+    for function in ("decode", "decode_levels"):
+        monkeypatch.setattr(taps, function, note(getattr(taps, function)))
+    teacher, student = [2, True, False], [2, True, True]
+    joint = [teacher, student] * 2
+    expected = {1: [[2, False, False], [2, False, True]] * 2, 2: joint, 3: [teacher, student, student]}
+    if name != NAME:
+        expected = {2: joint, 3: [teacher, teacher, student, student]}
+    for stage, listed in expected.items():
+        passes.clear()
+        step_losses(trainer, make_batch(trainer), {1: 0.1, 2: 0.26 if name == NAME else 0.1, 3: 0.6}[stage])
+        assert passes == listed, stage
+
+
 def test_random_rows_of_the_start_are_not_compared_with(tiny):
     """Three steps of 2 + 2 patches fill a queue of 10; until then the distillation has neither value nor gradient."""
     trainer = build(tiny, num_epochs=4, queue_size=10)
@@ -283,7 +324,9 @@ def test_teacher_starts_equal_and_moves_by_one_percent(name, tiny):
 @pytest.mark.parametrize("name", NAMES)
 def test_teacher_becomes_the_student_once_when_stage_three_starts(name, tiny, tmp_path):
     def distance():
-        pairs = zip(trainer.method.teacher.module.parameters(), trainer.network.parameters(), strict=True)
+        method = trainer.method
+        pairs = [(method.teacher.module, trainer.network), (method.teacher_projectors.module, method.projectors)]
+        pairs = [pair for modules in pairs for pair in zip(*(m.parameters() for m in modules), strict=True)]
         return sum(float((a - b).detach().abs().sum()) for a, b in pairs)
 
     trainer = build(tiny, name=name, num_epochs=4, num_iterations_per_epoch=2)
@@ -345,6 +388,23 @@ def test_mixing_keeps_image_label_and_confidence_together(kind, mix, datasets, u
     assert replaced.any() and not replaced.all()
     for part, source in ((mixed, images), (together.label, label), (together.confidence, confidence)):
         assert torch.equal(part, torch.where(replaced, source[[1, 2, 0]], source))
+
+
+def test_classmix_of_regions_draws_among_all_their_classes(datasets, use):
+    """Whole and core, its part, are classes of their own: one may be replaced where the other stays."""
+    method = build(use(datasets("regions")), mix="classmix").method
+    whole = torch.zeros(2, 16, 16, 16)
+    whole[:, 4:12], core = 1, torch.zeros(2, 16, 16, 16)
+    core[:, 6:10] = 1
+    images, label = torch.randn(2, 1, 16, 16, 16), torch.stack((whole, core), 1).long()
+    apart = False
+    for _ in range(40):
+        mixed, _ = method._mixed(images, PseudoLabel(label, label.float()))
+        replaced = (mixed != images)[:, 0]
+        for one, k in zip(replaced, (core > 0), strict=True):
+            assert one[k].all() or not one[k].any(), "a class is replaced whole"
+            apart |= bool(one[4:6].all() != one[6:10].all())
+    assert apart
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "classmix"])
@@ -437,6 +497,37 @@ def test_heads_without_activation_are_linear(tiny):
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_defaults_are_those_of_paper_and_code():
+    """methods as published; docs/methods/action.md says where paper and code differ."""
+    common = {
+        "w_global": 1, "w_local": 1, "w_unsup": 1, "w_anco": 0.01, "teacher_decay": 0.99, "tau_s": 0.1, "tau_t": 0.01,
+        "queue_size": 36, "strong_on": "student", "local_mode": "same_window", "confident": 0.97, "queries": 256,
+        "weak_threshold": 0.7, "hard_threshold": 0.97, "tau_anco": 0.5, "negatives": 512, "tau_classes": 0.5,
+        "jitter_probability": 0.5, "jitter_strength": 0.25, "blur_probability": 0.5, "mix": "cutmix",
+        "head_activation": "relu", "lr_restart": True, "stage1_supervised": False,
+    }  # fmt: skip
+    more = {
+        "w_aaco": 0.01, "lambda_a": 0.2, "tau_min": 0.1, "tau_max": 1, "teacher_sharpness": 0.1, "voxels": 256,
+        "voxel_queue_size": 12288, "centroid_decay": 0.9, "stage_fractions": (0, 0.25, 0.75),
+    }  # fmt: skip
+    for found, expected in (
+        (ACTIONSettings(), common | {"stage_fractions": (0.25, 0.25, 0.5)}),
+        (ACTIONPlusPlusSettings(), common | more),
+    ):
+        assert {key: getattr(found, key) for key in expected} == expected
+
+
+def test_without_restart_the_learning_rate_is_nnunets(tiny):
+    trainer = tiny.trainer(NAME, num_epochs=4, lr_restart=False)
+    trainer.initialize()
+    rates = []
+    for epoch in range(4):
+        trainer.lr_scheduler.step(epoch)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01 * (1 - epoch / 4) ** 0.9 for epoch in range(4)])
+    assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -311,12 +311,13 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(tiny, tmp_path, monkeyp
     assert file.read_bytes() == content
 
 
-def test_pretrained_weights_reach_the_teacher(tiny, tmp_path):
+@pytest.mark.parametrize("name", [NAME, "nnUNetTrainerSimCVD", "nnUNetTrainerACTION", "nnUNetTrainerACTIONPlusPlus"])
+def test_pretrained_weights_reach_the_teacher(name, tiny, tmp_path):
     donor = tiny.trainer(NAME)
     donor.initialize()
     file = str(tmp_path / "weights.pth")
     donor.save_checkpoint(file)
-    trainer = tiny.trainer(NAME, **SHORT | {"num_epochs": 1})
+    trainer = tiny.trainer(name, **SHORT | {"num_epochs": 4})
     maybe_load_checkpoint(trainer, False, False, file)
     trainer.on_train_start()
     trainer._stop.stop_listening()
