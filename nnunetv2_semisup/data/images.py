@@ -224,7 +224,8 @@ def find_series(files: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
     """DICOM series among ``files``: (folder, series UID) -> files in the order of their position.
 
     Raises:
-        InputError: a DICOM file belongs to no series, since it cannot be read: the series would lack a slice.
+        InputError: a DICOM file belongs to no series, since it cannot be read: the series would lack a slice. Or two
+            folders have parts or copies of one series.
     """
     found: dict[tuple[Path, str], list[Path]] = {}
     dicom = [file for file in files if _is_dicom(file)]
@@ -239,7 +240,25 @@ def find_series(files: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
                 f"{file}: a DICOM file that cannot be read as an image; download it again, or move it away if it is no "
                 f"slice"
             )
+    _check_one_folder(found)
     return found
+
+
+def _check_one_folder(found: dict[tuple[Path, str], list[Path]]) -> None:
+    """Refuse a series of which two folders have parts or copies; other slices at the same places are other images."""
+    seen: dict[str, list[list[Path]]] = {}
+    for (folder, uid), files in found.items():
+        for others in seen.setdefault(uid, []):
+            (ids, places), (other_ids, other_places) = (
+                [{dicom_tag(file, tag) for file in part} for tag in ("0008|0018", "0020|0032")]
+                for part in (files, others)
+            )
+            where = f"{others[0].parent} and {folder} both have files of the DICOM series {uid}"
+            if ids & other_ids:
+                raise InputError(f"{where}; {len(ids & other_ids)} slices are there twice, move one copy away")
+            if places != other_places:
+                raise InputError(f"{where}, slices of one image; put them into one folder")
+        seen[uid].append(files)
 
 
 def _is_dicom(file: Path) -> bool:

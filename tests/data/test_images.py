@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -114,6 +115,35 @@ def test_dicom_file_of_no_series(tmp_path):
         with pytest.raises(InputError, match=f"{damaged.name}: a DICOM file that cannot be read"):
             images.find_series(images.walk(tmp_path))
         damaged.write_bytes(whole)
+
+
+@pytest.mark.parametrize("moved", [slice(0, None, 2), slice(0, 2)], ids=["every other slice", "half"])
+def test_dicom_series_in_two_folders(moved, tmp_path):
+    """Each folder alone would pass for an image, of half the slices or of half the size."""
+    write_series(tmp_path / "a", make_ct(3), "P1")
+    (found,) = images.find_series(images.walk(tmp_path)).values()
+    (tmp_path / "b").mkdir()
+    for file in found[moved]:
+        file.rename(tmp_path / "b" / file.name)
+    with pytest.raises(
+        InputError, match=r"/a and .*/b both have files of the DICOM series .*; put them into one folder"
+    ):
+        images.find_series(images.walk(tmp_path))
+    for file in (tmp_path / "a").iterdir():
+        file.rename(tmp_path / "b" / file.name)
+    (whole,) = images.find_series(images.walk(tmp_path)).values()
+    assert len(whole) == 5
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    with pytest.raises(InputError, match=r"/b and .*/c both have .*; 5 slices are there twice, move one copy away"):
+        images.find_series(images.walk(tmp_path))
+
+
+def test_dicom_series_with_two_images_at_one_place(tmp_path):
+    """Phases of one series, each in its folder, are images of their own."""
+    for number in (3, 4):
+        write_series(tmp_path / str(number), make_ct(number), "P1", series="1.2.4.5")
+    found = images.find_series(images.walk(tmp_path))
+    assert len({uid for _, uid in found}) == 1 and [len(files) for files in found.values()] == [5, 5]
 
 
 def test_dicom_slices_of_another_scale(tmp_path):
