@@ -128,15 +128,13 @@ def hide_labels(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--stratified", action="store_true", help="spread the choice over small and large foregrounds")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice (default: %(default)s)")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check and report, write nothing")
     parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
     from nnunetv2_semisup.data import hide_labels as hide_labels_module
 
-    print(
-        hide_labels_module.hide_labels(
-            args.d, args.o, args.labeled, args.name, args.patient_pattern, args.stratified, args.seed, args.np
-        )
-    )
+    choice = (args.labeled, args.name, args.patient_pattern, args.stratified, args.seed)
+    print(hide_labels_module.hide_labels(args.d, args.o, *choice, args.dry_run, args.np))
 
 
 @command
