@@ -71,6 +71,9 @@ def locked(file: Path, busy: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{busy} (lock {file}); wait for it") from None
+    except OSError as error:
+        text = f"{file.parent} cannot be written ({error.strerror}); change its permissions, or use another folder"
+        raise InputError(text) from error
     try:
         yield
     finally:

@@ -173,6 +173,16 @@ def test_one_process_per_id_and_no_leftovers(source):
     assert sorted(path.name for path in source.parent.iterdir()) == ["Dataset004_Many", "Dataset504_Many"]
 
 
+def test_folder_that_cannot_be_written(source, monkeypatch, capsys):
+    def refused(lock, timeout):
+        raise PermissionError(13, "Permission denied", lock.lock_file)
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    assert cli.hide_labels(["-d", "4", "-o", "504", "--labeled", "2"]) == 2
+    expected = f"error: {source.parent} cannot be written (Permission denied); change its permissions"
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_dataset_with_this_id_that_appears_meanwhile(source, monkeypatch):
     link = module.link_or_copy
     other = source.with_name("Dataset504_Other")

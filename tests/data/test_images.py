@@ -1,6 +1,7 @@
 """Reading, orientation, DICOM series, previews."""
 
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -254,3 +255,45 @@ def test_preview_of_a_photograph(tmp_path):
     )
     save_preview(photo, None, tmp_path / "a.png", "t")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_archives_where_files_are_missing(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("x.nii.gz", "._b.zip", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert images.packed(tmp_path) == ""
+    (tmp_path / "deep" / "b.ZIP").write_bytes(b"")
+    assert images.packed(tmp_path) == f"; {tmp_path / 'deep' / 'b.ZIP'} is there: unpack first"
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    assert images.packed(tmp_path) == f"; {tmp_path / 'a.tar.gz'} and 1 more archives are there: unpack first"
+
+
+def test_folders_that_cannot_be_read_are_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match=r"/closed cannot be read \(Permission denied\); change its permissions"):
+        images.walk(tmp_path)
+
+
+def test_remedies_fit_the_fault(tmp_path):
+    sitk.WriteImage(make_ct(0), str(tmp_path / "A.nii.gz"))
+    (tmp_path / "A.nii.gz").rename(tmp_path / "A.Nii.gz")
+    with pytest.raises(InputError, match=r"A.Nii.gz: ITK does not know .*; rename the file, with the ending .nii.gz$"):
+        images.read_image(tmp_path / "A.Nii.gz")
+    affine = np.eye(4)
+    affine[0, 1] = 0.4
+    sheared = nibabel.Nifti1Image(np.ones((4, 5, 6), np.float32), None)
+    sheared.set_sform(affine, 1)
+    nibabel.save(sheared, tmp_path / "s.nii")
+    with pytest.raises(InputError, match=r"s.nii: by its header the axes are not at right angles .*; resample it"):
+        images.read_image(tmp_path / "s.nii")
+    nibabel.save(nibabel.Nifti1Image(np.full((4, 5, 6), np.nan, np.float32), np.eye(4)), tmp_path / "n.nii")
+    with pytest.raises(InputError, match="n.nii has NaN or infinite values; replace them"):
+        images.read_image(tmp_path / "n.nii")
