@@ -220,7 +220,8 @@ def _check_cases(source: Path, cases: dict[str, dict], kept: list[str], dataset_
     except (TypeError, ValueError) as error:
         raise InputError(f'{source / "dataset.json"}: labels must be {{"name": value, ...}}: correct it') from error
     check = partial(_check_case, reader=_reader(cases, dataset_json), values=values)
-    run_jobs(check, [(files, case in set(kept)) for case, files in cases.items()], processes, "Checking cases")
+    keeping = set(kept)
+    run_jobs(check, [(files, case in keeping) for case, files in cases.items()], processes, "Checking cases")
 
 
 def _check_case(job: tuple[dict, bool], reader: type, values: tuple[int, ...]) -> None:

@@ -282,10 +282,15 @@ def find_series(files: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
 
 
 def _check_one_folder(found: dict[tuple[Path, str], list[Path]]) -> None:
-    """Refuse a series of which two folders have parts or copies; other slices at the same places are other images."""
-    seen: dict[str, list[list[Path]]] = {}
+    """Refuse a series of which two folders have parts or copies.
+
+    Other slices at the same positions are other images, e.g. phases; so are those of other patients, whose UIDs should
+    differ and sometimes do not after anonymisation.
+    """
+    seen: dict[tuple[str, str], list[list[Path]]] = {}
     for (folder, uid), files in found.items():
-        for others in seen.setdefault(uid, []):
+        before = seen.setdefault((uid, dicom_tag(files[0], "0010|0020")), [])
+        for others in before:
             (ids, places), (other_ids, other_places) = (
                 [{dicom_tag(file, tag) for file in part} for tag in ("0008|0018", "0020|0032")]
                 for part in (files, others)
@@ -295,7 +300,7 @@ def _check_one_folder(found: dict[tuple[Path, str], list[Path]]) -> None:
                 raise InputError(f"{where}; {len(ids & other_ids)} slices are there twice, move one copy away")
             if places != other_places:
                 raise InputError(f"{where}, slices of one image; put them into one folder")
-        seen[uid].append(files)
+        before.append(files)
 
 
 def _is_dicom(file: Path) -> bool:

@@ -145,6 +145,11 @@ def test_dicom_series_with_two_images_at_one_place(tmp_path):
         write_series(tmp_path / str(number), make_ct(number), "P1", series="1.2.4.5")
     found = images.find_series(images.walk(tmp_path))
     assert len({uid for _, uid in found}) == 1 and [len(files) for files in found.values()] == [5, 5]
+    write_series(tmp_path / "5", make_ct(5, spacing=(0.7, 0.8, 2)), "P2", series="1.2.4.5")  # another patient
+    assert len(images.find_series(images.walk(tmp_path))) == 3
+    write_series(tmp_path / "6", make_ct(6, spacing=(0.7, 0.8, 2)), "P1", series="1.2.4.5")
+    with pytest.raises(InputError, match="slices of one image"):
+        images.find_series(images.walk(tmp_path))
 
 
 def test_dicom_slices_of_another_scale(tmp_path):
