@@ -227,7 +227,7 @@ def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reori
     few = [str(fact.file) for fact in new if fact.like_label]
     if few and not any(fact.like_label for fact in labelled):
         raise InputError(
-            f"{_names(few)}: labels? Fewer than 10 different values, all of them whole numbers, unlike the labelled "
+            f"{_names(few, 3)}: labels? Fewer than 10 different values, all of them whole numbers, unlike the labelled "
             f"images; move them away. Should they be images, put them into {RAW_FOLDER} by hand"
         )
     if not labelled or not new or len({len(fact.spacing) for fact in (*labelled, *new)}) > 1:

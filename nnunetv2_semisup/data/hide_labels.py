@@ -65,6 +65,7 @@ def hide_labels(
     target = new_dataset_path(new_id, name or source.name.split("_", 1)[-1], "-o")
     dataset_json = read_dataset_json(source)
     cases = labelled_cases(source, dataset_json)
+    _check_complete(source, cases, dataset_json)
     patient_of = group_cases(sorted(cases), patient_pattern, dataset_json.get(PATIENTS))
     patients = sorted(set(patient_of.values()))
     sizes: dict[str, float] = {}
@@ -88,7 +89,7 @@ def hide_labels(
     kept = [case for case in sorted(cases) if patient_of[case] in set(labelled)]
     hidden = [case for case in sorted(cases) if case not in set(kept)]
 
-    _check_cases(source, cases, kept, dataset_json, processes)
+    _check_content(source, cases, kept, dataset_json, processes)
     report = (
         f"  {len(kept)} cases of {len(labelled)} patients keep their labels ({how})\n"
         f"  {len(hidden)} cases go to {RAW_FOLDER} without labels"
@@ -198,8 +199,8 @@ def _read_label(reader: type, file: str) -> tuple[np.ndarray, dict]:
         raise InputError(f"{file}: the label cannot be read ({last_line(error)}); repair or remove the case") from error
 
 
-def _check_cases(source: Path, cases: dict[str, dict], kept: list[str], dataset_json: dict, processes: int) -> None:
-    """Every case must have its files, whole; what keeps its label is read and compared with it."""
+def _check_complete(source: Path, cases: dict[str, dict], dataset_json: dict) -> None:
+    """Every image must have its label and every label its image."""
     expected = files_per_case(source, dataset_json)
     for case, files in cases.items():
         number = len(files["images"])
@@ -215,6 +216,10 @@ def _check_cases(source: Path, cases: dict[str, dict], kept: list[str], dataset_
         for label in sorted((source / "labelsTr").glob(f"[!.]*{ending}")):
             if label.name.removesuffix(ending) not in cases:
                 raise InputError(f"{label} is a label without image in imagesTr; add the image or remove the label")
+
+
+def _check_content(source: Path, cases: dict[str, dict], kept: list[str], dataset_json: dict, processes: int) -> None:
+    """All images must be whole; what keeps its label is read and compared with it."""
     try:
         values = tuple(sorted({int(v) for entry in dataset_json["labels"].values() for v in np.atleast_1d(entry)}))
     except (TypeError, ValueError) as error:

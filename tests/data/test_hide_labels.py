@@ -235,7 +235,7 @@ def test_dataset_json_that_is_a_list(source):
     [
         ("channel", "case p0_a has 1 image files, expected 2"),
         ("label of a hidden case", "p0_a.nrrd does not exist; add it, or move the images of p0_a to imagesUn"),
-        ("label without image", "p9_a.nrrd is a label without image in imagesTr; add"),
+        ("label without image", "p0_a.nrrd is a label without image in imagesTr; add"),
         ("hidden file", r"\._p0_a_0000.nrrd is a hidden file"),
         ("NaN in the image", "p0_a_0001.nrrd: the images cannot be read .NaN or infinite values in channel 1"),
         ("value", "p0_a.nrrd: unexpected label value 9; only 0, 1, 2 may"),
@@ -252,7 +252,8 @@ def test_labelled_cases_are_checked(damage, match, source):
         case "label of a hidden case":
             (source / "labelsTr" / "p0_a.nrrd").unlink()
         case "label without image":
-            write(source / "labelsTr" / "p9_a.nrrd", label)
+            for channel in (0, 1):
+                (source / "imagesTr" / f"p0_a_000{channel}.nrrd").unlink()
         case "hidden file":
             (source / "imagesTr" / "._p0_a_0000.nrrd").write_bytes(b"")
         case "NaN in the image":
@@ -314,6 +315,25 @@ def test_labels_that_lie_elsewhere(damage, match, reader, nifti_source):
     with pytest.raises(InputError, match=match) as caught:
         hide_labels("6", 506, "1", seed=1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".png", ".nii.gz"])
+def test_images_with_two_axes(ending, nnunet_raw):
+    """Photographs tell no place; a NIfTI slice does."""
+    folder = nnunet_raw / "Dataset007_Flat"
+    for part, name in (("imagesTr", "a_0000"), ("labelsTr", "a")):
+        write(folder / part / f"{name}{ending}", np.eye(9, 7, dtype=np.uint8))
+    content = {"channel_names": {"0": "grey"}, "labels": {"background": 0, "x": 1}, "file_ending": ending}
+    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": 1}))
+    assert "1 cases of 1 patients" in hide_labels("7", 504, "1")
+    label = sitk.GetImageFromArray(np.eye(9, 7, dtype=np.uint8))
+    label.SetOrigin((0, 3))
+    sitk.WriteImage(label, str(folder / "labelsTr" / f"a{ending}"))
+    if ending == ".png":
+        hide_labels("7", 505, "1")
+    else:
+        with pytest.raises(InputError, match="a.nii.gz: by the headers it lies 3 mm away"):
+            hide_labels("7", 505, "1")
 
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["hidden", "kept"])
