@@ -47,7 +47,7 @@ from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.h5 import array_to_image, check_spacing, read_h5_arrays, require_h5py
 from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, VALIDATION, check_image, check_label
-from nnunetv2_semisup.data.images import check_source, read_image, same_geometry, walk
+from nnunetv2_semisup.data.images import check_source, packed, read_image, require_same_geometry, walk
 from nnunetv2_semisup.errors import InputError
 
 LABELS = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}
@@ -88,7 +88,7 @@ def find_files(source: Path) -> tuple[str, dict[str, Path]]:
     forms = [form for form, ending in (("nifti", "Info.cfg"), ("h5", ".h5")) if any(n.endswith(ending) for n in files)]
     if len(forms) != 1:
         what = "both forms, nifti and h5" if forms else "neither patientXXX/Info.cfg nor patientXXX_frame01.h5"
-        raise InputError(f"--source {source} has {what}; give the folder of one form")
+        raise InputError(f"--source {source} has {what}; give the folder of one form{packed(source)}")
     if forms == ["h5"]:
         require_h5py()
     return forms[0], files
@@ -132,8 +132,7 @@ def read_case(
         return image, None, ""
     label = read_image(case.label_file)
     check_label(sitk.GetArrayViewFromImage(label), image.GetSize()[::-1], tuple(LABELS.values()), case.label_file)
-    if not same_geometry(image, label):
-        raise InputError(f"{case.label_file}: its header differs from {path.name} in spacing, origin or direction")
+    require_same_geometry(label, image, case.label_file, path)
     label = sitk.Cast(label, sitk.sitkUInt8)
     label.CopyInformation(image)
     return image, label, ""

@@ -218,13 +218,19 @@ def _outputs(job: Job) -> list[Path]:
 
 
 def _check_files(folder: Path, jobs: Sequence[Job], extra_files: Mapping[str, str]) -> None:
-    """Refuse to go on unless ``folder`` holds the files of these jobs and no others: a label too many is a leak."""
-    expected = {folder / name for name in ("dataset.json", "splits_final.json", MADE_BY, *extra_files)}
+    """Refuse to go on unless ``folder`` holds the files of these jobs and no others: a label too many is a leak.
+
+    Hidden files, as file browsers leave them, and what was being written when a process was killed, are removed.
+    """
+    files = [path for path in folder.rglob("*") if not path.is_dir() and path.name != MADE_BY]
+    for file in [file for file in files if file.name.startswith(".") or file.suffix == ".tmp"]:
+        file.unlink()
+        files.remove(file)
+    expected = {folder / name for name in ("dataset.json", "splits_final.json", *extra_files)}
     for job in jobs:
         expected.update([*_outputs(job), _record(job)], [_preview(job)] if job.preview else [])
-    found = {path for path in folder.rglob("*") if not path.is_dir()}
-    for wrong in sorted(found ^ expected):
-        what = "is of no case of this call" if wrong in found else "is missing"
+    for wrong in sorted(expected.symmetric_difference(files)):
+        what = "is of no case of this call" if wrong in files else "is missing"
         raise InputError(f"{wrong} {what}: another process was at work there; remove {folder} and start again")
 
 

@@ -32,7 +32,7 @@ from dataset_conversion import common
 from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.lists import choose_labelled, choose_test, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, VALIDATION, check_label
-from nnunetv2_semisup.data.images import check_source, last_line, read_image, walk
+from nnunetv2_semisup.data.images import check_source, last_line, packed, read_image, walk
 from nnunetv2_semisup.errors import InputError
 
 LABELS = {"background": 0, "lesion": 1}
@@ -71,7 +71,8 @@ def find_files(source: Path) -> tuple[dict[str, dict[str, Path]], dict[str, Path
             images[part][match[1]] = path
     if not images["training"]:
         raise InputError(
-            f"--source {source} has no folder *Training_Input with ISIC_NNNNNNN.jpg; unpack the archives there"
+            f"--source {source} has no folder *Training_Input with ISIC_NNNNNNN.jpg; give the folder of the "
+            f"challenge's folders{packed(source)}"
         )
     return images, masks
 
@@ -81,7 +82,7 @@ def read_case(case: Case) -> tuple[sitk.Image, sitk.Image | None, str]:
     path = case.files[0]
     try:
         pixels = io.imread(path)  # nnU-Net's reader of photographs
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, RuntimeError, ValueError, SyntaxError) as error:
         raise InputError(f"{path}: damaged or incomplete ({last_line(error)}); copy or download it again") from error
     if pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise InputError(f"{path}: no colour photograph; copy or download it again")
@@ -125,7 +126,9 @@ def convert(
     source = check_source(source)
     images, masks = find_files(source)
     if test_choice is None and not images["test"]:
-        raise InputError(f"--source {source} has no folder *Test_Input; unpack it there, or give --test N")
+        raise InputError(
+            f"--source {source} has no folder *Test_Input; unpack it there, or give --test N{packed(source)}"
+        )
     train, test = choose_test(test_choice or "0", list(images["training"]), seed)
     labelled = choose_labelled(labelled_choice, train)
     roles = {case: LABELLED if case in set(labelled) else UNLABELLED for case in train}

@@ -47,9 +47,9 @@ if not __package__:  # run as a file: the repository root is not on the path the
 from dataset_conversion import common
 from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.h5 import array_to_image, check_spacing, read_h5_arrays, require_h5py
-from dataset_conversion.lists import LISTS, choose_labelled, read_list
+from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_image, check_label
-from nnunetv2_semisup.data.images import check_source, read_image, same_geometry
+from nnunetv2_semisup.data.images import check_source, packed, read_image, require_same_geometry
 from nnunetv2_semisup.errors import InputError
 
 LABELS = {"background": 0, "left atrium": 1}
@@ -95,7 +95,7 @@ def find_form(source: Path) -> str:
             f"--source {source} has both <ID>/mri_norm2.h5 and <ID>/lgemri.nrrd; give a folder with one form"
         )
     deeper = [path.parents[1] for image, _ in FILES.values() for path in source.glob(f"*/*/{image}")]
-    hint = f"; did you mean {deeper[0]}?" if deeper else ""
+    hint = f"; did you mean {deeper[0]}?" if deeper else f"; give the folder of the case folders{packed(source)}"
     raise InputError(f"--source {source} has neither <ID>/mri_norm2.h5 nor <ID>/lgemri.nrrd{hint}")
 
 
@@ -144,8 +144,7 @@ def read_nrrd_case(folder: Path, with_label: bool) -> tuple[sitk.Image, sitk.Ima
         return image, None
     source = read_image(label_path, "NrrdImageIO")
     label = sitk.GetImageFromArray(binary_label(sitk.GetArrayViewFromImage(source), array.shape, "nrrd", label_path))
-    if not same_geometry(image, source):
-        raise InputError(f"{label_path}: its header differs from {image_path.name} in spacing, origin or direction")
+    require_same_geometry(source, image, label_path, image_path)
     label.CopyInformation(image)
     return image, label
 
@@ -195,17 +194,12 @@ def choose_cases(source: Path, form: str, labelled_choice: str, allow_missing_te
     missing = [case for case in labelled if not is_present(source, form, case, True)]
     missing += [case for case in unlabelled if not is_present(source, form, case, False)]
     files = "/".join(dict.fromkeys(FILES[form]))
-    if missing:
-        raise InputError(
-            f"--source {source}: {len(missing)} of {len(train)} training cases are missing or lack {files}: "
-            f"{', '.join(missing)}; complete the folder"
-        )
+    lack = f"cases are missing or lack {files}"
+    require_present(source, missing, len(train), f"training {lack}", "complete the folder")
     missing_test = [case for case in listed_test if not is_present(source, form, case, True)]
-    if missing_test and not allow_missing_test:
-        raise InputError(
-            f"--source {source}: {len(missing_test)} of {len(listed_test)} test cases are missing or lack {files}: "
-            f"{', '.join(missing_test)}; complete the folder, or go on without them by --allow_missing_test"
-        )
+    if not allow_missing_test:
+        remedy = "complete the folder, or go on without them by --allow_missing_test"
+        require_present(source, missing_test, len(listed_test), f"test {lack}", remedy)
     return Cases(labelled, unlabelled, [case for case in listed_test if case not in missing_test], missing_test)
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnunetv2_semisup.data.images import packed
 from nnunetv2_semisup.errors import InputError
 
 LISTS = Path(__file__).resolve().parent / "splits"
@@ -19,9 +20,9 @@ def read_list(path: Path) -> list[str]:
         InputError: the file cannot be read or names a case twice.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the case list cannot be read ({error})") from error
+        raise InputError(f"{path}: the case list cannot be read ({error}); give a file of plain text") from error
     cases = [line for line in lines if line and not line.startswith("#")]
     twice = sorted({case for case in cases if cases.count(case) > 1})
     if twice:
@@ -82,6 +83,8 @@ def choose_test(choice: str, cases: Sequence[str], seed: int) -> tuple[list[str]
 
 
 def require_present(source: Path, missing: Sequence[str], total: int, what: str, remedy: str) -> None:
-    """Raise an InputError that names all missing cases, if any."""
+    """Raise an InputError that names all missing cases, if any, and archives in which they may be."""
     if missing:
-        raise InputError(f"--source {source}: {len(missing)} of {total} {what}: {', '.join(missing)}; {remedy}")
+        raise InputError(
+            f"--source {source}: {len(missing)} of {total} {what}: {', '.join(missing)}; {remedy}{packed(source)}"
+        )

@@ -29,7 +29,7 @@ from dataset_conversion import common
 from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.lists import choose_labelled, choose_test, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
-from nnunetv2_semisup.data.images import align_label, check_source, orientation, read_image, read_label, walk
+from nnunetv2_semisup.data.images import align_label, check_source, orientation, packed, read_image, read_label, walk
 from nnunetv2_semisup.errors import InputError
 
 LABELS = {"both": {"background": 0, "liver": 1, "tumour": 2}, "liver": {"background": 0, "liver": 1}}
@@ -56,7 +56,9 @@ def find_files(source: Path) -> tuple[dict[str, Path], dict[str, Path]]:
                 raise InputError(f"{path}: there is another {found[match[1]][case]}; give one copy of the data")
             found[match[1]][case] = path
     if not found["volume"]:
-        raise InputError(f"--source {source} has no volume-N.nii; give the folder of the training scans")
+        raise InputError(
+            f"--source {source} has no volume-N.nii; give the folder of the training scans{packed(source)}"
+        )
     return found["volume"], found["segmentation"]
 
 

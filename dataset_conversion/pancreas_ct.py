@@ -52,6 +52,7 @@ from nnunetv2_semisup.data.images import (
     check_source,
     dicom_tag,
     find_series,
+    packed,
     read_image,
     read_label,
     read_series,
@@ -105,7 +106,7 @@ def find_cases(source: Path) -> tuple[str, dict[str, tuple[Path, ...]], dict[str
         there = (
             f"several forms ({', '.join(found)})" if found else "no DICOM series, imageNNNN.nii.gz or imageNNNN_norm.h5"
         )
-        raise InputError(f"--source {source} has {there}; give the folder of one form")
+        raise InputError(f"--source {source} has {there}; give the folder of one form{packed(source)}")
     if found == ["h5"]:
         require_h5py()
         labels = {number: files[0] for number, files in images["h5"].items()}

@@ -128,15 +128,13 @@ def hide_labels(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--stratified", action="store_true", help="spread the choice over small and large foregrounds")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice (default: %(default)s)")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check and report, write nothing")
     parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
     from nnunetv2_semisup.data import hide_labels as hide_labels_module
 
-    print(
-        hide_labels_module.hide_labels(
-            args.d, args.o, args.labeled, args.name, args.patient_pattern, args.stratified, args.seed, args.np
-        )
-    )
+    choice = (args.labeled, args.name, args.patient_pattern, args.stratified, args.seed)
+    print(hide_labels_module.hide_labels(args.d, args.o, *choice, args.dry_run, args.np))
 
 
 @command
@@ -151,11 +149,19 @@ def add_unlabeled(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="images, in any depth")
     parser.add_argument("--reorient", action="store_true", help="turn axes to those of the labelled images (lossless)")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check only")
+    parser.add_argument(
+        "--previews",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pictures of N new cases in previews_unlabeled/ (default: 0)",
+    )
     parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
     from nnunetv2_semisup.data import add_unlabeled as add_unlabeled_module
 
-    print(add_unlabeled_module.add_unlabeled(args.d, Path(args.folder), args.reorient, args.dry_run, args.np))
+    options = (args.reorient, args.dry_run, args.previews, args.np)
+    print(add_unlabeled_module.add_unlabeled(args.d, Path(args.folder), *options))
 
 
 @command

@@ -9,15 +9,16 @@ import numpy as np
 import SimpleITK as sitk
 
 
-def write_series(folder: Path, image: sitk.Image, patient: str, skip: tuple[int, ...] = ()) -> None:
-    """Write ``image`` (int16, HU) below ``folder``, without the slices in ``skip``."""
+def write_series(folder: Path, image: sitk.Image, patient: str, skip: tuple[int, ...] = (), series: str = "") -> None:
+    """Write ``image`` (int16, HU) below ``folder``, without the slices in ``skip``; ``series``: its UID."""
     folder.mkdir(parents=True, exist_ok=True)
     direction = np.array(image.GetDirection()).reshape(3, 3)
+    own = "1.2.4." + str(int(hashlib.md5(str(folder).encode()).hexdigest()[:8], 16))
     tags = {
         "0008|0060": "CT",
         "0010|0020": patient,
         "0020|000d": "1.2.3." + str(int(hashlib.md5(patient.encode()).hexdigest()[:8], 16)),
-        "0020|000e": "1.2.4." + str(int(hashlib.md5(str(folder).encode()).hexdigest()[:8], 16)),
+        "0020|000e": series or own,
         "0020|0037": "\\".join(f"{value:.10g}" for value in direction.T[:2].ravel()),
         "0028|1052": "-1024",
         "0028|1053": "1",
@@ -33,7 +34,7 @@ def write_series(folder: Path, image: sitk.Image, patient: str, skip: tuple[int,
         position = image.TransformIndexToPhysicalPoint((0, 0, index))
         piece.SetMetaData("0020|0032", "\\".join(f"{value:.10g}" for value in position))
         piece.SetMetaData("0020|0013", str(index + 1))
-        piece.SetMetaData("0008|0018", f"{tags['0020|000e']}.{index + 1}")
+        piece.SetMetaData("0008|0018", f"{own}.{index + 1}")
         writer.SetFileName(str(folder / f"{hashlib.md5(str(index).encode()).hexdigest()[:8]}.dcm"))
         writer.Execute(piece)
 

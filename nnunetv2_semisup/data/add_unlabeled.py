@@ -7,7 +7,6 @@ again: what is there already is recognised by its content. One process works at 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,28 +25,15 @@ from nnunetv2_semisup.data.folders import (
     read_json,
     write_json,
 )
+from nnunetv2_semisup.data.incoming import PHOTOGRAPHS, Incoming, find_incoming, other_kinds, present_cases
 from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.data.raw import find_dataset, locked
 from nnunetv2_semisup.errors import InputError
 
-FORMATS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
-PHOTOGRAPHS = (".png", ".bmp", ".tif", ".tiff")
-COMPANIONS = (".raw", ".zraw", ".raw.gz", ".img")  # voxels of detached headers
 RECORD = "added_unlabeled.json"  # in the dataset's folder: case -> source and hash
 WORK = ".tmp_unlabeled"  # there too, while images are written
-
-
-@dataclass(frozen=True)
-class Incoming:
-    """A case to bring in.
-
-    Attributes:
-        case: its id.
-        sources: one entry per channel: a file, or the slices of a DICOM series.
-    """
-
-    case: str
-    sources: tuple[tuple[Path, ...], ...]
+PREVIEWS = "previews_unlabeled"  # there too
+JUDGED = {"imagesTs": "test", "imagesVal": "validation"}  # images that training should not see
 
 
 @dataclass(frozen=True)
@@ -56,6 +42,7 @@ class Seen:
 
     Attributes:
         case: its id.
+        file: its first one, for errors.
         hash: of its content.
         channels: number of channels.
         spacing: x, y(, z) in mm.
@@ -64,6 +51,7 @@ class Seen:
     """
 
     case: str
+    file: Path
     hash: str
     channels: int
     spacing: tuple[float, ...]
@@ -71,15 +59,24 @@ class Seen:
     like_label: bool
 
 
-def add_unlabeled(dataset: str, folder: Path, reorient: bool = False, dry_run: bool = False, processes: int = 1) -> str:
+def add_unlabeled(
+    dataset: str,
+    folder: Path,
+    reorient: bool = False,
+    dry_run: bool = False,
+    previews: int = 0,
+    processes: int = 1,
+) -> str:
     """Check the images of ``folder`` and bring them into ``imagesUn``.
 
     Args:
         dataset: id or name.
         folder: NIfTI, NRRD, MetaImage files or DICOM series, in any depth. Files of a dataset with several channels
-            must be named ``CASE_0000``, ``CASE_0001`` and so on, before the ending; DICOM folders likewise.
+            must be named ``CASE_0000``, ``CASE_0001`` and so on, before the ending; DICOM folders likewise. Where files
+            of several cases have one name, the folders become part of the case's id.
         reorient: turn images to the orientation of the labelled ones, by permuting and flipping axes.
         dry_run: check only.
+        previews: number of new cases with a picture, evenly chosen.
         processes: number of processes.
 
     Returns:
@@ -90,17 +87,21 @@ def add_unlabeled(dataset: str, folder: Path, reorient: bool = False, dry_run: b
     """
     raw = find_dataset(dataset)
     source = _checked_folder(folder)
+    if previews < 0:
+        raise InputError(f"--previews {previews}: give 0 or more")
     if dry_run:
-        return _add(raw, source, reorient, True, processes)
+        return _add(raw, source, reorient, True, 0, processes)
     with locked(raw / ".unlabeled.lock", f"another process is adding images to {raw}"):
         _finish_moves(raw)
-        return _add(raw, source, reorient, False, processes)
+        return _add(raw, source, reorient, False, previews, processes)
 
 
-def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, processes: int) -> str:
+def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, previews: int, processes: int) -> str:
     dataset_json = read_dataset_json(raw)
-    ending = dataset_json["file_ending"]
-    incoming = find_incoming(source, channel_count(dataset_json), ending)
+    ending, channels = dataset_json["file_ending"], channel_count(dataset_json)
+    if any((raw / RAW_FOLDER).glob("[!.]*")):
+        find_unlabeled_cases(raw, dataset_json)  # what is wrong there would be wrong afterwards too
+    incoming, others = find_incoming(source, channels, ending)
     images.check_inside([file for item in incoming for files in item.sources for file in files], source)
 
     known = {
@@ -108,8 +109,7 @@ def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, processes: int)
             Incoming(case, tuple((Path(file),) for file in files["images"]))
             for case, files in labelled_cases(raw, dataset_json).items()
         ],
-        "imagesTs": _present(raw / "imagesTs", ending),
-        RAW_FOLDER: _present(raw / RAW_FOLDER, ending),
+        **{name: present_cases(raw / name, ending) for name in (RAW_FOLDER, *JUDGED)},
     }
     jobs = [item for items in known.values() for item in items]
     seen = run_jobs(look, [*jobs, *incoming], processes, "Reading images")
@@ -117,102 +117,37 @@ def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, processes: int)
     labelled = [facts[id(item)] for item in known["imagesTr"]]
     hashes = {name: {facts[id(item)].hash: item.case for item in items} for name, items in known.items()}
 
-    new, skipped, transductive = [], [], []
+    new, skipped = [], []
     here: dict[str, str] = {}
     for item in incoming:
-        fact = facts[id(item)]
-        double = hashes["imagesTr"].get(fact.hash) or hashes[RAW_FOLDER].get(fact.hash) or here.get(fact.hash)
+        digest = facts[id(item)].hash
+        double = hashes["imagesTr"].get(digest) or hashes[RAW_FOLDER].get(digest) or here.get(digest)
         if double:
             skipped.append(f"{item.case} = {double}")
             continue
-        here[fact.hash] = item.case
+        here[digest] = item.case
         new.append(item)
-        if fact.hash in hashes["imagesTs"]:
-            transductive.append(f"{item.case} = {hashes['imagesTs'][fact.hash]}")
     _check_names(raw, new, facts, known)
-    warnings = _check_facts([facts[id(item)] for item in new], labelled, channel_count(dataset_json), reorient)
+    warnings = _check_facts([facts[id(item)] for item in new], labelled, channels, reorient)
+    for name, kind in JUDGED.items():
+        both = [f"{case} = {hashes[name][digest]}" for digest, case in here.items() if digest in hashes[name]]
+        if both:
+            warnings.append(
+                f"{len(both)} of them are {kind} images of {name} ({_names(both, 1000)}): training sees them, so "
+                f"results on them are transductive and must be reported as such"
+            )
 
     if not dry_run and new:
         turn = labelled[0].orientation if reorient and labelled else ""
         _bring(raw, new, [facts[id(item)].hash for item in new], ending, turn, processes)
-        find_unlabeled_cases(raw, dataset_json)
-    return _report(raw, dry_run, new, skipped, transductive, warnings)
-
-
-# ---------------------------------------------------------------------------------------------------------- finding
-
-
-def find_incoming(source: Path, channels: int, ending: str) -> list[Incoming]:
-    """The cases below ``source``; a file that cannot be one is an error that names it."""
-    files = images.walk(source)
-    series = images.find_series(files)
-    slices = {file for members in series.values() for file in members}
-    formats = PHOTOGRAPHS if ending in PHOTOGRAPHS else FORMATS
-    found: dict[str, list[tuple[Path, ...]]] = {}
-    ignored = []
-    for file in files:
-        name = file.name.lower()
-        if file in slices or name.endswith(COMPANIONS):
-            continue
-        if name.endswith(images.ARCHIVES) and not name.endswith(".nii.gz"):
-            raise InputError(f"{file} is an archive: unpack it and give the folder")
-        suffix = next((suffix for suffix in formats if name.endswith(suffix)), None)
-        if suffix is None:
-            ignored.append(file)
-            continue
-        found.setdefault(_case_name(file.name[: -len(suffix)], file), []).append((file,))
-    per_folder = [folder for folder, _ in series]
-    for (folder, uid), members in series.items():
-        if len(members) < 2:
-            raise InputError(
-                f"{members[0]}: the DICOM series has one file only; complete it, move it away if it is a scout, or "
-                f"convert it to NIfTI if it holds all slices"
-            )
-        name = folder.relative_to(source).as_posix() if folder != source else source.name
-        several = per_folder.count(folder) > 1
-        found.setdefault(_case_name(f"{name}_{uid[-8:]}" if several else name, folder), []).append(tuple(members))
-    if not found:
-        hint = f"; {len(ignored)} files of other kinds are there, e.g. {ignored[0]}" if ignored else ""
-        kinds = ", ".join(formats) + ("" if formats == PHOTOGRAPHS else " and DICOM series")
-        raise InputError(f"{source} holds no images of the formats {kinds}{hint}")
-    twice = [name for name, sources in found.items() if len(sources) > 1]
-    if twice:
-        raise InputError(f"{source}: several images would be named {twice[0]}; rename {found[twice[0]][0][0]}")
-    return _by_case({name: sources[0] for name, sources in found.items()}, channels, source, ending)
-
-
-def _by_case(found: dict[str, tuple[Path, ...]], channels: int, source: Path, ending: str) -> list[Incoming]:
-    cases: dict[str, dict[int, tuple[Path, ...]]] = {}
-    for name, files in found.items():
-        match = re.fullmatch(r"(.+)_(\d{4})", name)
-        if match and (channels > 1 or match[2] == "0000"):
-            case, channel = match[1], int(match[2])
-        elif channels == 1 or ending in PHOTOGRAPHS:
-            case, channel = name, 0
-        else:
-            raise InputError(
-                f"{files[0]}: the dataset has {channels} channels, so names must end with the channel, {name}_0000; "
-                f"rename it"
-            )
-        if channel in cases.setdefault(case, {}):
-            raise InputError(f"{files[0]}: {cases[case][channel][0]} would be case {case} as well; rename one of them")
-        cases[case][channel] = files
-    for case, parts in cases.items():
-        expected = 1 if ending in PHOTOGRAPHS and set(parts) == {0} else channels
-        if sorted(parts) != list(range(expected)):
-            there = ", ".join(f"{channel:04d}" for channel in sorted(parts))
-            raise InputError(f"{source}: case {case} has channel {there}, expected {expected} channels from 0000 on")
-        if case.endswith("_seg"):
-            raise InputError(f"{parts[0][0]}: nnU-Net keeps names ending with _seg for its own files: rename it")
-    return [Incoming(case, tuple(parts[i] for i in sorted(parts))) for case, parts in sorted(cases.items())]
-
-
-def _present(folder: Path, ending: str) -> list[Incoming]:
-    """Cases that lie in a folder of the dataset already."""
-    cases: dict[str, list[tuple[Path, ...]]] = {}
-    for file in sorted(folder.glob(f"[!.]*_[0-9][0-9][0-9][0-9]{ending}")):
-        cases.setdefault(file.name[: -len(ending) - 5], []).append((file,))
-    return [Incoming(case, tuple(files)) for case, files in cases.items()]
+        _save_previews(raw, new, ending, previews)
+    done = "would be brought in (dry run)" if dry_run else "brought in"
+    lines = [f"{raw / RAW_FOLDER}: {len(new)} cases {done}"]
+    if skipped:
+        lines.append(f"  left out, there already with the same content: {_names(skipped)}")
+    if others:
+        lines.append(f"  note: {other_kinds(others)}")
+    return "\n".join([*lines, *(f"  WARNING: {text}" for text in warnings)])
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -221,14 +156,6 @@ def _checked_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder")
     return folder.resolve()
-
-
-def _case_name(name: str, file: Path) -> str:
-    """A case id of letters, digits, '_', '-' and '.'."""
-    clean = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.")
-    if not clean:
-        raise InputError(f"{file}: its name has no letter (A to Z) or digit to call a case by; rename it")
-    return clean
 
 
 # --------------------------------------------------------------------------------------------------------- checking
@@ -247,14 +174,14 @@ def look(item: Incoming) -> Seen:
     number = sum(channel.GetNumberOfComponentsPerPixel() for channel in channels)
     turned = images.orientation(first) if first.GetDimension() == 3 else ""
     few = _has_few_values(sitk.GetArrayViewFromImage(first))
-    return Seen(item.case, images.content_hash(channels), number, first.GetSpacing(), turned, few)
+    return Seen(item.case, item.sources[0][0], images.content_hash(channels), number, first.GetSpacing(), turned, few)
 
 
 def _has_few_values(array: np.ndarray) -> bool:
-    if array.dtype.kind not in "ui":
+    if len(np.unique(array.ravel()[::101])) >= 10:  # enough for nearly all images, and quick
         return False
-    some = np.unique(array.ravel()[::101])  # enough for nearly all images, and quick
-    return len(some) < 10 and len(np.unique(array)) < 10
+    values = np.unique(array)
+    return len(values) < 10 and bool((values == np.round(values)).all())
 
 
 def _read(item: Incoming) -> list[sitk.Image]:
@@ -269,18 +196,18 @@ def _read(item: Incoming) -> list[sitk.Image]:
 
 
 def _check_names(raw: Path, new: list[Incoming], facts: dict[int, Seen], known: dict[str, list[Incoming]]) -> None:
-    """Names that are taken by other images; the same image under the same name in imagesTs is a warning elsewhere."""
+    """Names that are taken by other images; the same image in imagesTs or imagesVal is a warning elsewhere."""
     for name, items in known.items():
         taken = {item.case: facts[id(item)].hash for item in items}
         for item in new:
-            if item.case in taken and not (name == "imagesTs" and taken[item.case] == facts[id(item)].hash):
+            if item.case in taken and not (name in JUDGED and taken[item.case] == facts[id(item)].hash):
                 raise InputError(
                     f"{item.sources[0][0]}: {raw / name} has another image named {item.case}; rename the new one"
                 )
 
 
 def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reorient: bool) -> list[str]:
-    """Errors for channels and orientation, warnings for values and spacing."""
+    """Errors for channels and orientation, and for images like labels; warnings for spacing."""
     wrong = [fact.case for fact in new if fact.channels != channels]
     if wrong:
         raise InputError(
@@ -297,18 +224,18 @@ def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reori
             f"{_names(turned)}: the axes point elsewhere than in the labelled images ({_names(sorted(usual))}) and "
             f"nnU-Net does not turn images; --reorient turns them without loss"
         )
-    few = [fact.case for fact in new if fact.like_label]
-    warnings = []
+    few = [str(fact.file) for fact in new if fact.like_label]
     if few and not any(fact.like_label for fact in labelled):
-        warnings.append(f"fewer than 10 different values, all of them whole numbers; labels? {_names(few)}")
+        raise InputError(
+            f"{_names(few, 3)}: labels? Fewer than 10 different values, all of them whole numbers, unlike the labelled "
+            f"images; move them away. Should they be images, put them into {RAW_FOLDER} by hand"
+        )
     if not labelled or not new or len({len(fact.spacing) for fact in (*labelled, *new)}) > 1:
-        return warnings
+        return []
     spacings = np.sort([fact.spacing for fact in labelled], axis=1)  # the order of the axes may differ
     low, high = spacings.min(axis=0) / 2, spacings.max(axis=0) * 2
     far = [fact.case for fact in new if ((np.sort(fact.spacing) < low) | (np.sort(fact.spacing) > high)).any()]
-    if far:
-        warnings.append(f"spacing below half or above twice that of the labelled images: {_names(far)}")
-    return warnings
+    return [f"spacing below half or above twice that of the labelled images: {_names(far)}"] if far else []
 
 
 def _names(names: Sequence[str], most: int = 10) -> str:
@@ -369,17 +296,14 @@ def _finish_moves(raw: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _report(
-    raw: Path, dry_run: bool, new: list[Incoming], skipped: list[str], transductive: list[str], warnings: list[str]
-) -> str:
-    done = "would be brought in (dry run)" if dry_run else "brought in"
-    lines = [f"{raw / RAW_FOLDER}: {len(new)} cases {done}"]
-    if skipped:
-        lines.append(f"  left out, there already with the same content: {_names(skipped)}")
-    lines += [f"  WARNING: {text}" for text in warnings]
-    if transductive:
-        lines.append(
-            f"  WARNING: {len(transductive)} of them are test images of imagesTs ({_names(transductive, 1000)}): "
-            f"training sees them, so results on them are transductive and must be reported as such"
-        )
-    return "\n".join(lines)
+def _save_previews(raw: Path, new: Sequence[Incoming], ending: str, number: int) -> None:
+    """Pictures of some new cases, as they are in ``imagesUn``, first channel."""
+    if not number:
+        return
+    from nnunetv2_semisup.data.preview import save_preview
+
+    (raw / PREVIEWS).mkdir(exist_ok=True)
+    for index in sorted(set(np.linspace(0, len(new) - 1, number).astype(int))):
+        case = new[index].case
+        image = images.read_image(raw / RAW_FOLDER / f"{case}_0000{ending}")
+        save_preview(image, None, raw / PREVIEWS / f"{case}.png", case)

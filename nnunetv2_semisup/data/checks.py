@@ -92,7 +92,10 @@ def check_image(array: np.ndarray, path: os.PathLike, grey_2d: bool = False) -> 
     if array.dtype.kind not in "uif":
         raise InputError(f"{path}: the image has type {array.dtype}, expected numbers")
     if not np.isfinite(array).all():
-        raise InputError(f"{path}: the image has values that are not finite (NaN or infinity); copy the file again")
+        raise InputError(
+            f"{path}: the image has values that are not finite (NaN or infinity); replace them, e.g. by the value of "
+            f"the background"
+        )
 
 
 def check_label(array: np.ndarray, shape: tuple[int, ...], allowed: Sequence[int], path: os.PathLike) -> None:

@@ -77,7 +77,14 @@ def labelled_identifiers(raw_dataset_folder: Path, dataset_json: dict) -> list[s
     """Case ids of the labelled images, by nnU-Net's rules; no image or label is opened."""
     if "dataset" in dataset_json:
         return sorted(dataset_json["dataset"])
-    return _identifiers(raw_dataset_folder / "imagesTr", dataset_json["file_ending"])
+    folder = raw_dataset_folder / "imagesTr"
+    hidden = sorted(folder.glob(f".*{dataset_json['file_ending']}"))
+    if hidden:
+        raise InputError(
+            f"{hidden[0]} is a hidden file that nnU-Net takes for a case: delete it, and its like by find "
+            f"'{raw_dataset_folder}' -name '._*' -delete"
+        )
+    return _identifiers(folder, dataset_json["file_ending"])
 
 
 def labelled_cases(raw_dataset_folder: Path, dataset_json: dict) -> dict[str, dict]:

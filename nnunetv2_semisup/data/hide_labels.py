@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import itertools
 import json
 import random
 import re
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-from nnunetv2_semisup.data.checks import check_label
+from nnunetv2_semisup.data.checks import check_label, require_finite, require_whole_nifti
 from nnunetv2_semisup.data.folders import PATIENTS, RAW_FOLDER, files_per_case, labelled_cases, read_dataset_json
 from nnunetv2_semisup.data.images import last_line
 from nnunetv2_semisup.data.jobs import run_jobs
@@ -20,7 +24,8 @@ from nnunetv2_semisup.data.raw import find_dataset, link_or_copy, new_dataset_pa
 from nnunetv2_semisup.errors import InputError
 
 RECORD = "hidden_labels.json"
-_READ_ERRORS = (RuntimeError, ValueError, OSError, EOFError)  # of nnU-Net's readers
+PATIENT_FACTS = "patients.csv"  # of our ACDC converter
+_READ_ERRORS = (RuntimeError, ValueError, OSError, EOFError, zlib.error)  # of nnU-Net's readers
 
 
 def hide_labels(
@@ -31,6 +36,7 @@ def hide_labels(
     patient_pattern: str | None = None,
     stratified: bool = False,
     seed: int = 0,
+    dry_run: bool = False,
     processes: int = 1,
 ) -> str:
     """Make ``DatasetXXX_name`` from a dataset in nnUNet_raw, linking its files.
@@ -46,6 +52,7 @@ def hide_labels(
         stratified: choose by size of the foreground: one patient of each of N equal parts of the sorted list. This
             reads all labels, also those that are hidden then.
         seed: of the random choice.
+        dry_run: check and report only.
         processes: for reading images and labels.
 
     Returns:
@@ -55,9 +62,10 @@ def hide_labels(
         InputError: something given is wrong; no dataset has appeared.
     """
     source = find_dataset(dataset)
-    target = new_dataset_path(new_id, name or source.name.split("_", 1)[-1])
+    target = new_dataset_path(new_id, name or source.name.split("_", 1)[-1], "-o")
     dataset_json = read_dataset_json(source)
     cases = labelled_cases(source, dataset_json)
+    _check_complete(source, cases, dataset_json)
     patient_of = group_cases(sorted(cases), patient_pattern, dataset_json.get(PATIENTS))
     patients = sorted(set(patient_of.values()))
     sizes: dict[str, float] = {}
@@ -81,7 +89,13 @@ def hide_labels(
     kept = [case for case in sorted(cases) if patient_of[case] in set(labelled)]
     hidden = [case for case in sorted(cases) if case not in set(kept)]
 
-    _check_cases(source, cases, kept, dataset_json, processes)
+    _check_content(source, cases, kept, dataset_json, processes)
+    report = (
+        f"  {len(kept)} cases of {len(labelled)} patients keep their labels ({how})\n"
+        f"  {len(hidden)} cases go to {RAW_FOLDER} without labels"
+    )
+    if dry_run:
+        return f"{target}: dry run, nothing was written\n{report}"
     with whole_folder(target) as folder:
         _link_cases(source, folder, cases, kept, hidden, dataset_json["file_ending"])
         # How the source was converted and what it counted is told there, and not true of the new one.
@@ -100,9 +114,7 @@ def hide_labels(
         _write_json(folder / RECORD, record)
         write_splits(folder, kept, patient_of)
     return (
-        f"{target}\n  {len(kept)} cases of {len(labelled)} patients keep their labels ({how})\n"
-        f"  {len(hidden)} cases went to {RAW_FOLDER} without labels, see {RECORD}\n"
-        f"  next: nnUNetv2_plan_and_preprocess -d {new_id} --verify_dataset_integrity"
+        f"{target}\n{report}, see {RECORD}\n  next: nnUNetv2_plan_and_preprocess -d {new_id} --verify_dataset_integrity"
     )
 
 
@@ -128,9 +140,11 @@ def group_cases(cases: Sequence[str], pattern: str | None, known: object = None)
 def listed_patients(file: Path, patient_of: dict[str, str]) -> list[str]:
     """Patients named in a file, by themselves or by all of their cases."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--labeled {file}: neither a number nor a list that can be read ({error})") from error
+        raise InputError(
+            f"--labeled {file}: neither a number nor a list that can be read ({error}); give plain text"
+        ) from error
     names = {line for line in lines if line and not line.startswith("#")}
     unknown = sorted(names - set(patient_of) - set(patient_of.values()))
     if unknown or not names:
@@ -179,39 +193,89 @@ def _foreground_voxels(file: str, reader: type, ignore: int | None) -> int:
 
 def _read_label(reader: type, file: str) -> tuple[np.ndarray, dict]:
     try:
+        require_whole_nifti(file, finite=True)
         return reader().read_seg(file)
     except _READ_ERRORS as error:
         raise InputError(f"{file}: the label cannot be read ({last_line(error)}); repair or remove the case") from error
 
 
-def _check_cases(source: Path, cases: dict[str, dict], kept: list[str], dataset_json: dict, processes: int) -> None:
-    """Every case must have its files; what keeps its label is read and compared with it."""
+def _check_complete(source: Path, cases: dict[str, dict], dataset_json: dict) -> None:
+    """Every image must have its label and every label its image."""
     expected = files_per_case(source, dataset_json)
     for case, files in cases.items():
         number = len(files["images"])
         if number != expected:
             raise InputError(f"{source}: case {case} has {number} image files, expected {expected}; complete it")
-    for file in [file for case in kept for file in (*cases[case]["images"], cases[case]["label"])]:
-        if not Path(file).is_file():
-            raise InputError(f"{file} does not exist; complete the dataset")
+        for file in files["images"]:
+            if not Path(file).is_file():
+                raise InputError(f"{file} does not exist; complete the dataset")
+        if not Path(files["label"]).is_file():
+            raise InputError(f"{files['label']} does not exist; add it, or move the images of {case} to {RAW_FOLDER}")
+    if "dataset" not in dataset_json:
+        ending = dataset_json["file_ending"]
+        for label in sorted((source / "labelsTr").glob(f"[!.]*{ending}")):
+            if label.name.removesuffix(ending) not in cases:
+                raise InputError(f"{label} is a label without image in imagesTr; add the image or remove the label")
+
+
+def _check_content(source: Path, cases: dict[str, dict], kept: list[str], dataset_json: dict, processes: int) -> None:
+    """All images must be whole; what keeps its label is read and compared with it."""
     try:
         values = tuple(sorted({int(v) for entry in dataset_json["labels"].values() for v in np.atleast_1d(entry)}))
     except (TypeError, ValueError) as error:
         raise InputError(f'{source / "dataset.json"}: labels must be {{"name": value, ...}}: correct it') from error
-    check = partial(_check_kept, reader=_reader(cases, dataset_json), values=values)
-    run_jobs(check, [cases[case] for case in kept], processes, "Checking labelled cases")
+    check = partial(_check_case, reader=_reader(cases, dataset_json), values=values)
+    keeping = set(kept)
+    run_jobs(check, [(files, case in keeping) for case, files in cases.items()], processes, "Checking cases")
 
 
-def _check_kept(files: dict, reader: type, values: tuple[int, ...]) -> None:
-    label, label_facts = _read_label(reader, files["label"])
+def _check_case(job: tuple[dict, bool], reader: type, values: tuple[int, ...]) -> None:
+    """Check the files of a case, and whether it keeps its label; labels that are hidden are not read."""
+    files, keeps_label = job
+    images = files["images"]
     try:
-        image, image_facts = reader().read_images(files["images"])
+        for file in images:
+            require_whole_nifti(file, finite=True)
+        if not keeps_label:
+            return
+        image, image_facts = reader().read_images(images)
+        require_finite(image)
     except _READ_ERRORS as error:
         text = f"the images cannot be read ({last_line(error)}); repair or remove the case"
-        raise InputError(f"{', '.join(files['images'])}: {text}") from error
+        raise InputError(f"{', '.join(images)}: {text}") from error
+    label, label_facts = _read_label(reader, files["label"])
     check_label(label[0], image.shape[1:], values, files["label"])
     if not np.allclose(label_facts["spacing"], image_facts["spacing"], rtol=1e-3):
-        raise InputError(f"{files['label']}: its spacing differs from that of {files['images'][0]}; correct the header")
+        raise InputError(f"{files['label']}: its spacing differs from that of {images[0]}; correct the header")
+    here, there = (_corners(facts, image.shape[1:]) for facts in (label_facts, image_facts))
+    off = np.linalg.norm(here - there, axis=1).max(initial=0) if here.shape == there.shape else 0
+    if off > min(image_facts["spacing"]) / 2:
+        raise InputError(
+            f"{files['label']}: by the headers it lies {off:.3g} mm away from {images[0]}; is it the label of another "
+            f"case? If it belongs there, correct the header: origin and direction of the image"
+        )
+
+
+def _corners(facts: dict, shape: tuple[int, ...]) -> np.ndarray:
+    """Where the corner voxels of an image lie, (8, 3) in mm, by what nnU-Net's reader tells; empty if nothing.
+
+    Args:
+        facts: second result of the reader.
+        shape: (Z, Y, X).
+    """
+    if "sitk_stuff" in facts:
+        place = facts["sitk_stuff"]
+        axes = len(place["origin"])
+        matrix, origin = np.reshape(place["direction"], (axes, axes)) * place["spacing"], np.array(place["origin"])
+    elif "nibabel_stuff" in facts:
+        affines = facts["nibabel_stuff"]
+        affine = affines.get("reoriented_affine", affines["original_affine"])
+        matrix, origin = affine[:3, :3], affine[:3, 3]
+    else:  # photographs, TIFF
+        return np.empty((0, 3))
+    axes = min(len(origin), 3)  # in 4D the channels are the last axis
+    indices = list(itertools.product(*((0, length - 1) for length in shape[::-1][:axes])))
+    return np.array(indices) @ matrix[:axes, :axes].T + origin[:axes]
 
 
 def _link_cases(
@@ -229,9 +293,21 @@ def _link_cases(
         _link(label, folder / "labelsTr" / f"{case}{ending}")
         if label.with_name(f"{case}.json").exists():
             _link(label.with_name(f"{case}.json"), folder / "labelsTr" / f"{case}.json")
-    for name in (RAW_FOLDER, "imagesTs", "labelsTs"):
+    for name in (RAW_FOLDER, "imagesTs", "labelsTs", "imagesVal", "labelsVal"):
         for file in sorted((source / name).glob("[!.]*")):
+            (folder / name).mkdir(exist_ok=True)
             _link(file, folder / name / file.name)
+    if (source / PATIENT_FACTS).is_file():
+        (folder / PATIENT_FACTS).write_text(_without_roles(source / PATIENT_FACTS), encoding="latin-1")
+
+
+def _without_roles(file: Path) -> str:
+    """A table of patients without its column "role", which is true of the old dataset only; any encoding."""
+    rows = list(csv.reader(io.StringIO(file.read_text(encoding="latin-1"))))
+    kept = [index for index, name in enumerate(rows[0] if rows else []) if name != "role"]
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([row[i] for i in kept if i < len(row)] for row in rows)
+    return table.getvalue()
 
 
 def _link(source: Path, target: Path) -> None:

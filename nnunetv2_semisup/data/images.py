@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,19 @@ def read_image(path: Path, image_io: str = "") -> sitk.Image:
         require_whole_nifti(str(path), finite=True)
         return sitk.ReadImage(str(path), imageIO=image_io)
     except (RuntimeError, ValueError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: damaged or incomplete ({last_line(error)}); copy or download it again") from error
+        raise InputError(_what_is_wrong(path, last_line(error))) from error
+
+
+def _what_is_wrong(path: Path, reason: str) -> str:
+    """An error of a reader, with what helps against it."""
+    ending = re.search(r"(\.nii)?\.\w+$", path.name, re.IGNORECASE)
+    if "Unable to determine" in reason and ending and ending[0] != ending[0].lower():
+        return f"{path}: ITK does not know the ending {ending[0]}; rename the file, with the ending {ending[0].lower()}"
+    if "orthonormal" in reason:
+        return f"{path}: by its header the axes are not at right angles (sheared); resample it onto axes that are"
+    if "NaN" in reason:
+        return f"{path} has NaN or infinite values; replace them, e.g. by the value of the background"
+    return f"{path}: damaged or incomplete ({reason}); copy or download it again"
 
 
 def read_label(path: Path, allowed: Sequence[int]) -> sitk.Image:
@@ -72,6 +85,15 @@ def same_geometry(a: sitk.Image, b: sitk.Image) -> bool:
     """Whether spacing, origin (mm) and direction agree to 0.001."""
     pairs = ((a.GetSpacing(), b.GetSpacing()), (a.GetOrigin(), b.GetOrigin()), (a.GetDirection(), b.GetDirection()))
     return all(np.allclose(left, right, rtol=0, atol=1e-3) for left, right in pairs)
+
+
+def require_same_geometry(label: sitk.Image, image: sitk.Image, path: Path, image_path: Path) -> None:
+    """Raise an InputError unless label and image lie at the same place by their headers."""
+    if not same_geometry(label, image):
+        raise InputError(
+            f"{path}: its header differs from {image_path.name} in spacing, origin or direction; is it the label of "
+            f"another case? If it belongs there, correct the header, else copy or download it again"
+        )
 
 
 def orientation(image: sitk.Image) -> str:
@@ -183,6 +205,16 @@ def check_source(source: Path) -> Path:
     return source.resolve()
 
 
+def packed(source: Path) -> str:
+    """What to add to an error where files are missing: the archives below ``source``, or nothing."""
+    found = sorted(source.rglob("[!.]*"))
+    found = [str(file) for file in found if file.name.lower().endswith(ARCHIVES)]
+    if not found:
+        return ""
+    more = f" and {len(found) - 1} more archives are" if len(found) > 1 else " is"
+    return f"; {found[0]}{more} there: unpack first"
+
+
 def check_inside(files: Sequence[Path], source: Path) -> None:
     """Refuse files that lie outside of ``source``, which must be resolved, when links are followed."""
     for file in files:
@@ -197,10 +229,15 @@ def walk(folder: Path) -> list[Path]:
     """All files below ``folder``, sorted, hidden ones left out.
 
     A linked folder is not entered: it leads to files that are found anyway, or out of ``folder``, which is refused.
-    So are links that lead nowhere.
+    So are links that lead nowhere, and folders that cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        text = f"{error.filename} cannot be read ({error.strerror}); change its permissions, or move it away"
+        raise InputError(text) from error
+
     found = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, files in os.walk(folder, onerror=refuse):
         check_inside([Path(root, name) for name in folders if Path(root, name).is_symlink()], folder.resolve())
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root, name) for name in sorted(files) if not name.startswith(".")]
@@ -224,7 +261,8 @@ def find_series(files: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
     """DICOM series among ``files``: (folder, series UID) -> files in the order of their position.
 
     Raises:
-        InputError: a DICOM file belongs to no series, since it cannot be read: the series would lack a slice.
+        InputError: a DICOM file belongs to no series, since it cannot be read: the series would lack a slice. Or two
+            folders have parts or copies of one series.
     """
     found: dict[tuple[Path, str], list[Path]] = {}
     dicom = [file for file in files if _is_dicom(file)]
@@ -239,7 +277,30 @@ def find_series(files: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
                 f"{file}: a DICOM file that cannot be read as an image; download it again, or move it away if it is no "
                 f"slice"
             )
+    _check_one_folder(found)
     return found
+
+
+def _check_one_folder(found: dict[tuple[Path, str], list[Path]]) -> None:
+    """Refuse a series of which two folders have parts or copies.
+
+    Other slices at the same positions are other images, e.g. phases; so are those of other patients, whose UIDs should
+    differ and sometimes do not after anonymisation.
+    """
+    seen: dict[tuple[str, str], list[list[Path]]] = {}
+    for (folder, uid), files in found.items():
+        before = seen.setdefault((uid, dicom_tag(files[0], "0010|0020")), [])
+        for others in before:
+            (ids, places), (other_ids, other_places) = (
+                [{dicom_tag(file, tag) for file in part} for tag in ("0008|0018", "0020|0032")]
+                for part in (files, others)
+            )
+            where = f"{others[0].parent} and {folder} both have files of the DICOM series {uid}"
+            if ids & other_ids:
+                raise InputError(f"{where}; {len(ids & other_ids)} slices are there twice, move one copy away")
+            if places != other_places:
+                raise InputError(f"{where}, slices of one image; put them into one folder")
+        before.append(files)
 
 
 def _is_dicom(file: Path) -> bool:

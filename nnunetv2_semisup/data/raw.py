@@ -43,21 +43,23 @@ def find_dataset(dataset: str) -> Path:
     return found[0]
 
 
-def new_dataset_path(dataset_id: int, name: str) -> Path:
+def new_dataset_path(dataset_id: int, name: str, option: str = "-d") -> Path:
     """The folder ``$nnUNet_raw/DatasetXXX_name``, checked: it can be made and nothing else has this ID.
 
     nnU-Net looks datasets up by ID in all three of its folders, so a leftover of another dataset with the same ID
-    would be taken for this one.
+    would be taken for this one. ``option`` is the one that gave the ID.
     """
     if not 1 <= dataset_id <= 999:
-        raise InputError(f"-d {dataset_id}: a dataset ID must be 1 to 999")
+        raise InputError(f"{option} {dataset_id}: a dataset ID must be 1 to 999")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise InputError(f"--name {name!r}: only letters, digits, '_' and '-' can be used")
     raw = raw_folder()
     places = [Path(os.environ[key]) for key in (RAW, PREPROCESSED, RESULTS) if os.environ.get(key)]
     taken = [str(path) for place in places for path in sorted(place.glob(f"Dataset{dataset_id:03d}*"))]
     if taken:
-        raise InputError(f"ID {dataset_id} is taken: {', '.join(taken)}; choose another with -d, or remove it first")
+        raise InputError(
+            f"ID {dataset_id} is taken: {', '.join(taken)}; choose another with {option}, or remove it first"
+        )
     return raw / f"Dataset{dataset_id:03d}_{name}"
 
 
@@ -69,6 +71,9 @@ def locked(file: Path, busy: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{busy} (lock {file}); wait for it") from None
+    except OSError as error:
+        text = f"{file.parent} cannot be written ({error.strerror}); change its permissions, or use another folder"
+        raise InputError(text) from error
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ import SimpleITK as sitk
 from dicom_series import make_ct, write_series
 from filelock import FileLock
 
+from nnunetv2_semisup import cli
 from nnunetv2_semisup.data.add_unlabeled import add_unlabeled
 from nnunetv2_semisup.data.folders import find_unlabeled_cases
 from nnunetv2_semisup.errors import InputError
@@ -32,6 +33,13 @@ def dataset(nnunet_raw):
     return folder
 
 
+def two_channels(dataset) -> None:
+    content = json.loads((dataset / "dataset.json").read_text())
+    (dataset / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "T1", "1": "T2"}}))
+    for case in ("imagesTr/a", "imagesTr/b", "imagesTs/t"):
+        write(dataset / f"{case}_0001.nii.gz", make_ct(40))
+
+
 def added(dataset) -> list[str]:
     folder = dataset / "imagesUn"
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -46,6 +54,7 @@ def test_every_format_arrives(dataset, tmp_path):
     report = add_unlabeled("5", new, processes=1)
     names = ["deep_P_7_series_0000.nii.gz", *(f"scan_{i}_0000.nii.gz" for i in range(5))]
     assert added(dataset) == names and "6 cases brought in" in report and "WARNING" not in report
+    assert f"note: 1 files of other kinds were not read, e.g. {new / 'notes.txt'}" in report
     for number, name in zip((17, 10, 11, 12, 13, 14), names, strict=True):
         image, expected = sitk.ReadImage(str(dataset / "imagesUn" / name)), make_ct(number)
         np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(expected))
@@ -101,10 +110,7 @@ def test_orientation(dataset, tmp_path):
 
 
 def test_several_channels(dataset, tmp_path):
-    content = json.loads((dataset / "dataset.json").read_text())
-    (dataset / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "T1", "1": "T2"}}))
-    for case in ("a", "b"):
-        write(dataset / "imagesTr" / f"{case}_0001.nii.gz", make_ct(40))
+    two_channels(dataset)
     new = tmp_path / "new"
     write(new / "x_0000.nrrd", make_ct(20))
     with pytest.raises(InputError, match="case x has channel 0000, expected 2 channels"):
@@ -129,7 +135,17 @@ def test_several_channels(dataset, tmp_path):
         (lambda new: (new / "x.nrrd").write_bytes(b"NRRD0004"), "x.nrrd: damaged or incomplete"),
         (lambda new: write(new / "a.nrrd", make_ct(20)), "imagesTr has another image named a"),
         (lambda new: write(new / "t_0000.nrrd", make_ct(20)), "imagesTs has another image named t"),
-        (lambda new: [write(new / name, make_ct(20)) for name in ("p/x.nrrd", "q/x.mha")], "would be named x"),
+        (lambda new: [write(new / f"x.{kind}", make_ct(20)) for kind in ("nrrd", "mha")], "would be case x as well"),
+        (lambda new: [write(new / f"{x}.nrrd", make_ct(20)) for x in ("p_x", "p/x", "q/x")], "case p_x as well"),
+        (
+            lambda new: [write(new / f"x_000{part}.nrrd", make_ct(20 + part)) for part in (0, 1)],
+            "x_0001.nrrd looks like another channel of .*x_0000.nrrd, and the .* name the latter x_0000_0000",
+        ),
+        (
+            lambda new: [write(new / f"{name}.mha", make_ct(ord(name)) > 0) for name in "yz"],
+            "y.mha, .*z.mha: labels. Fewer than 10 different values, all of them whole numbers",
+        ),
+        (lambda new: write(new / "y.mha", sitk.Cast(make_ct(20) > 0, sitk.sitkFloat32)), "y.mha: labels"),
         (lambda new: [write(new / f"x{part}.nrrd", make_ct(20)) for part in ("", "_0000")], "would be case x as well"),
         (lambda new: write(new / "\u60a3\u8005.nrrd", make_ct(20)), "has no letter"),
         (lambda new: write_series(new / "s", make_ct(20, size=(7, 6, 1)), "P"), "one file only; complete it, move it"),
@@ -205,12 +221,77 @@ def test_labelled_images_that_dataset_json_names_are_compared(dataset, tmp_path)
         add_unlabeled("5", tmp_path / "new")
 
 
-def test_label_files_are_pointed_out(dataset, tmp_path):
+def test_few_values_are_no_labels_if_they_are_fractions(dataset, tmp_path):
+    write(tmp_path / "new" / "y.mha", sitk.Cast(make_ct(20) > 0, sitk.sitkFloat32) / 2)
+    assert "1 cases brought in" in add_unlabeled("5", tmp_path / "new")
+
+
+def test_files_that_are_named_alike_in_every_folder(dataset, tmp_path):
+    new = tmp_path / "new"
+    for number, name in enumerate(["P 1/ct", "P 1/late/ct", "P 2/ct_0000", "P 2/other"]):
+        write(new / f"{name}.nii.gz", make_ct(20 + number))
+    add_unlabeled("5", new)
+    assert added(dataset) == [f"{name}_0000.nii.gz" for name in ("P_1_ct", "P_1_late_ct", "P_2_ct", "other")]
+    first = sitk.ReadImage(str(dataset / "imagesUn" / "P_1_late_ct_0000.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(first), sitk.GetArrayFromImage(make_ct(21)))
+
+
+def test_channels_that_are_named_alike_in_every_folder(dataset, tmp_path):
+    two_channels(dataset)
+    for number, name in enumerate(["p/mr_0000", "p/mr_0001", "q/mr_0000", "q/mr_0001", "q/z_0000", "q/z_0001"]):
+        write(tmp_path / "new" / f"{name}.nrrd", make_ct(20 + number))
+    add_unlabeled("5", tmp_path / "new")
+    cases = find_unlabeled_cases(dataset, json.loads((dataset / "dataset.json").read_text()))
+    assert list(cases) == ["p_mr", "q_mr", "z"]
+    image = sitk.ReadImage(cases["q_mr"][1])
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(make_ct(23)))
+
+
+def test_numbered_cases_are_no_channels(dataset, tmp_path):
+    for number in (1, 2):
+        write(tmp_path / "new" / f"img_000{number}.nrrd", make_ct(20 + number))
+    write(tmp_path / "new" / "img_0000_0000.nrrd", make_ct(20))
+    add_unlabeled("5", tmp_path / "new")
+    assert added(dataset) == [f"img_000{number}_0000.nii.gz" for number in range(3)]
+
+
+def test_files_of_other_kinds_are_told(dataset, tmp_path):
+    new = tmp_path / "new"
+    write(new / "x.mhd", make_ct(20))  # and x.raw
+    for name in ("analyze/b.hdr", "analyze/b.img", "c.gipl", "d.gipl", ".DS_Store", "._x.mhd"):
+        (new / name).parent.mkdir(exist_ok=True)
+        (new / name).write_bytes(b"x")
+    places = ", ".join(str(new / name) for name in ("c.gipl", "analyze/b.hdr", "analyze/b.img"))
+    assert f"note: 4 files of other kinds were not read, e.g. {places}\n" in add_unlabeled("5", new) + "\n"
+    assert added(dataset) == ["x_0000.nii.gz"]
+
+
+def test_validation_images_are_compared(dataset, tmp_path):
+    for case, number in (("v", 30), ("w", 31)):
+        write(dataset / "imagesVal" / f"{case}_0000.nii.gz", make_ct(number))
+    write(tmp_path / "new" / "x.nrrd", make_ct(30))
+    assert "WARNING: 1 of them are validation images of imagesVal (x = v)" in add_unlabeled("5", tmp_path / "new")
+    write(tmp_path / "new" / "w.nrrd", make_ct(32))
+    with pytest.raises(InputError, match="imagesVal has another image named w; rename"):
+        add_unlabeled("5", tmp_path / "new")
+
+
+def test_a_fault_that_is_there_already_stops_before_anything_is_brought_in(dataset, tmp_path):
+    (dataset / "imagesUn").mkdir()
+    (dataset / "imagesUn" / "notes.txt").write_text("x")
     write(tmp_path / "new" / "x.nrrd", make_ct(20))
-    write(tmp_path / "new" / "y.nrrd", make_ct(21) > 0)
-    assert "WARNING: fewer than 10 different values, all of them whole numbers; labels? y\n" in (
-        add_unlabeled("5", tmp_path / "new") + "\n"
-    )
+    with pytest.raises(InputError, match="notes.txt does not end with"):
+        add_unlabeled("5", tmp_path / "new")
+    assert added(dataset) == ["notes.txt"]
+
+
+def test_previews(dataset, tmp_path, capsys):
+    for number in range(3):
+        write(tmp_path / "new" / f"x{number}.nrrd", make_ct(20 + number))
+    arguments = ["-d", "5", str(tmp_path / "new"), "--previews"]
+    assert cli.add_unlabeled([*arguments, "-1"]) == 2 and added(dataset) == []
+    assert cli.add_unlabeled([*arguments, "2"]) == 0
+    assert sorted(path.name for path in (dataset / "previews_unlabeled").iterdir()) == ["x0.png", "x2.png"]
 
 
 def test_one_process_at_a_time(dataset, tmp_path):
@@ -224,10 +305,7 @@ def test_one_process_at_a_time(dataset, tmp_path):
 @pytest.mark.parametrize("moment", range(4))
 def test_killed_at_every_rename(moment, dataset, tmp_path, monkeypatch):
     """The folder as kill -9 leaves it: before the plan, the record, the first or the second of a case's two files."""
-    content = json.loads((dataset / "dataset.json").read_text())
-    (dataset / "dataset.json").write_text(json.dumps({**content, "channel_names": {"0": "T1", "1": "T2"}}))
-    for case in ("imagesTr/a", "imagesTr/b", "imagesTs/t"):
-        write(dataset / f"{case}_0001.nii.gz", make_ct(40))
+    two_channels(dataset)
     for channel in (0, 1):
         write(tmp_path / "new" / f"x_000{channel}.nrrd", make_ct(20 + channel))
     replace, kept = os.replace, tmp_path / "kept"

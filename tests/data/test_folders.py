@@ -143,3 +143,12 @@ def test_reading_json_names_file_and_remedy(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(InputError, match=r"bad.json is not valid JSON \(.*\): run this"):
         folders.read_json(tmp_path / "bad.json", "run this")
+
+
+def test_hidden_files_that_nnunet_would_take_for_cases(tmp_path):
+    """Such as macOS leaves on foreign disks."""
+    touch(tmp_path / "imagesTr", "c_0000.nii.gz", ".DS_Store", "._c_0000.nii.gz")
+    with pytest.raises(InputError, match=r"\._c_0000.nii.gz is a hidden file .* delete it, and its like by find '.*'"):
+        folders.labelled_identifiers(tmp_path, ONE_CHANNEL)
+    (tmp_path / "imagesTr" / "._c_0000.nii.gz").unlink()
+    assert folders.labelled_identifiers(tmp_path, ONE_CHANNEL) == ["c"]

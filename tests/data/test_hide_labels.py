@@ -1,9 +1,11 @@
 """A semi-supervised dataset out of a labelled one: what stays, what is hidden, and how it was chosen."""
 
+import gzip
 import itertools
 import json
 import os
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -11,6 +13,7 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nnunetv2_semisup import cli
 from nnunetv2_semisup.data import hide_labels as module
 from nnunetv2_semisup.data.folders import find_unlabeled_cases
 from nnunetv2_semisup.data.hide_labels import choose_stratified, hide_labels
@@ -128,7 +131,8 @@ def test_files_are_copied_where_links_are_impossible(source, monkeypatch):
     ("arguments", "options", "match"),
     [
         (("5", 504, "2"), {}, "-d 5: no dataset"),
-        (("4", 4, "2"), {}, "4 is taken"),
+        (("4", 4, "2"), {}, "4 is taken: .*; choose another with -o"),
+        (("4", 1000, "2"), {}, "-o 1000: a dataset ID must be"),
         (("4", 504, "0"), {}, "must be 1 to 12"),
         (("4", 504, "7"), {"patient_pattern": r"p\d"}, "must be 1 to 6"),
         (("4", 504, "2"), {"patient_pattern": "("}, "no regular expression"),
@@ -167,6 +171,16 @@ def test_one_process_per_id_and_no_leftovers(source):
         hide_labels("4", 504, "2", name="Other")
     hide_labels("4", 504, "2")
     assert sorted(path.name for path in source.parent.iterdir()) == ["Dataset004_Many", "Dataset504_Many"]
+
+
+def test_folder_that_cannot_be_written(source, monkeypatch, capsys):
+    def refused(lock, timeout):
+        raise PermissionError(13, "Permission denied", lock.lock_file)
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    assert cli.hide_labels(["-d", "4", "-o", "504", "--labeled", "2"]) == 2
+    expected = f"error: {source.parent} cannot be written (Permission denied); change its permissions"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_dataset_with_this_id_that_appears_meanwhile(source, monkeypatch):
@@ -220,6 +234,10 @@ def test_dataset_json_that_is_a_list(source):
     ("damage", "match"),
     [
         ("channel", "case p0_a has 1 image files, expected 2"),
+        ("label of a hidden case", "p0_a.nrrd does not exist; add it, or move the images of p0_a to imagesUn"),
+        ("label without image", "p0_a.nrrd is a label without image in imagesTr; add"),
+        ("hidden file", r"\._p0_a_0000.nrrd is a hidden file"),
+        ("NaN in the image", "p0_a_0001.nrrd: the images cannot be read .NaN or infinite values in channel 1"),
         ("value", "p0_a.nrrd: unexpected label value 9; only 0, 1, 2 may"),
         ("shape", "p0_a.nrrd: the label has shape"),
         ("spacing", "p0_a.nrrd: its spacing differs"),
@@ -231,6 +249,15 @@ def test_labelled_cases_are_checked(damage, match, source):
     match damage:
         case "channel":
             (source / "imagesTr" / "p0_a_0001.nrrd").unlink()
+        case "label of a hidden case":
+            (source / "labelsTr" / "p0_a.nrrd").unlink()
+        case "label without image":
+            for channel in (0, 1):
+                (source / "imagesTr" / f"p0_a_000{channel}.nrrd").unlink()
+        case "hidden file":
+            (source / "imagesTr" / "._p0_a_0000.nrrd").write_bytes(b"")
+        case "NaN in the image":
+            write(source / "imagesTr" / "p0_a_0001.nrrd", np.full((3, 4, 5), np.nan, np.float32))
         case "value":
             write(source / "labelsTr" / "p0_a.nrrd", label * 9)
         case "shape":
@@ -241,8 +268,129 @@ def test_labelled_cases_are_checked(damage, match, source):
             sitk.WriteImage(image, str(source / "labelsTr" / "p0_a.nrrd"))
         case "image":
             (source / "imagesTr" / "p0_a_0001.nrrd").write_bytes(b"NRRD")
-    with pytest.raises(InputError, match=match):
-        hide_labels("4", 504, "12")
+    with pytest.raises(InputError, match=match) as caught:
+        hide_labels("4", 504, "1" if "hidden" in damage else "12", seed=1)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in source.parent.iterdir()] == ["Dataset004_Many"]
+
+
+@pytest.fixture
+def nifti_source(nnunet_raw):
+    """Two cases, of which p1 keeps its label with seed 0 and p0 with seed 1."""
+    folder = nnunet_raw / "Dataset006_Ni"
+    label = sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 2, (4, 5, 6)).astype(np.uint8))
+    label.SetSpacing((1, 1, 2))
+    label.SetOrigin((10, 20, 30))
+    for part in ("imagesTr", "labelsTr", "imagesVal", "labelsVal"):
+        (folder / part).mkdir(parents=True)
+    for case in ("p0", "p1"):
+        sitk.WriteImage(sitk.Cast(label, sitk.sitkFloat32), str(folder / "imagesTr" / f"{case}_0000.nii.gz"))
+        sitk.WriteImage(label, str(folder / "labelsTr" / f"{case}.nii.gz"))
+    content = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": 2}))
+    return folder
+
+
+@pytest.mark.parametrize("reader", [None, "NibabelIO", "NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        ("origin", "p0.nii.gz: by the headers it lies 1.5 mm away from .*p0_0000.nii.gz; is it"),
+        ("direction", "p0.nii.gz: by the headers it lies .* mm away from"),
+    ],
+)
+def test_labels_that_lie_elsewhere(damage, match, reader, nifti_source):
+    change_json(nifti_source, overwrite_image_reader_writer=reader)
+    file = nifti_source / "labelsTr" / "p0.nii.gz"
+    label = sitk.ReadImage(str(file))
+    label.SetOrigin((10.4, 20, 30))  # less than half a voxel
+    sitk.WriteImage(label, str(file))
+    assert "1 cases of 1 patients" in hide_labels("6", 504, "1", seed=1)
+    if damage == "origin":
+        label.SetOrigin((11.5, 20, 30))
+    else:
+        label.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    sitk.WriteImage(label, str(file))
+    hide_labels("6", 505, "1", seed=0)  # hidden there: not read
+    with pytest.raises(InputError, match=match) as caught:
+        hide_labels("6", 506, "1", seed=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".png", ".nii.gz"])
+def test_images_with_two_axes(ending, nnunet_raw):
+    """Photographs tell no place; a NIfTI slice does."""
+    folder = nnunet_raw / "Dataset007_Flat"
+    for part, name in (("imagesTr", "a_0000"), ("labelsTr", "a")):
+        write(folder / part / f"{name}{ending}", np.eye(9, 7, dtype=np.uint8))
+    content = {"channel_names": {"0": "grey"}, "labels": {"background": 0, "x": 1}, "file_ending": ending}
+    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": 1}))
+    assert "1 cases of 1 patients" in hide_labels("7", 504, "1")
+    label = sitk.GetImageFromArray(np.eye(9, 7, dtype=np.uint8))
+    label.SetOrigin((0, 3))
+    sitk.WriteImage(label, str(folder / "labelsTr" / f"a{ending}"))
+    if ending == ".png":
+        hide_labels("7", 505, "1")
+    else:
+        with pytest.raises(InputError, match="a.nii.gz: by the headers it lies 3 mm away"):
+            hide_labels("7", 505, "1")
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["hidden", "kept"])
+@pytest.mark.parametrize("damage", ["cut off", "NaN"])
+def test_images_are_whole_whether_hidden_or_not(damage, seed, nifti_source):
+    file = nifti_source / "imagesTr" / "p0_0000.nii.gz"
+    if damage == "NaN":
+        image = nibabel.load(file)
+        values = image.get_fdata()
+        values[1, 2, 3] = np.nan
+        nibabel.save(nibabel.Nifti1Image(values, image.affine), file)
+    else:  # as ITK reads it without complaint
+        file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-50]))
+    found = "NaN or infinite" if damage == "NaN" else "is cut off"
+    with pytest.raises(InputError, match=f"p0_0000.nii.gz: the images cannot be read .*{found}.*; repair or remove"):
+        hide_labels("6", 504, "1", seed=seed)
+
+
+def test_label_with_nan(nifti_source):
+    """ITK makes zeros of them, that is background."""
+    file = nifti_source / "labelsTr" / "p0.nii.gz"
+    label = nibabel.load(file)
+    values = label.get_fdata()
+    values[1, 2, 3] = np.nan
+    nibabel.save(nibabel.Nifti1Image(values, label.affine), file)
+    with pytest.raises(InputError, match="p0.nii.gz: the label cannot be read .*NaN"):
+        hide_labels("6", 504, "1", seed=1)
+
+
+def test_validation_cases_and_table_of_patients_come_along(nifti_source):
+    for part, name in (("images", "v_0000.nii.gz"), ("labels", "v.nii.gz")):
+        (nifti_source / f"{part}Val" / name).write_bytes((nifti_source / "labelsTr" / "p0.nii.gz").read_bytes())
+    (nifti_source / "patients.csv").write_bytes(
+        "patient,role,Group\np0,labelled,DCM\nv,validation,M\xfcller\n".encode()
+    )
+    hide_labels("6", 504, "1")
+    target = nifti_source.with_name("Dataset504_Ni")
+    assert os.path.samefile(target / "imagesVal" / "v_0000.nii.gz", nifti_source / "imagesVal" / "v_0000.nii.gz")
+    assert (target / "labelsVal" / "v.nii.gz").is_file()
+    assert (target / "patients.csv").read_bytes().decode() == "patient,Group\np0,DCM\nv,M\xfcller\n"
+
+
+def test_dry_run_checks_and_writes_nothing(source, capsys):
+    assert cli.hide_labels(["-d", "4", "-o", "504", "--labeled", "5", "--dry-run"]) == 0
+    report = capsys.readouterr().out
+    assert "dry run, nothing was written" in report and "5 cases of 5 patients keep their labels" in report
+    assert "7 cases go to imagesUn" in report
+    (source / "labelsTr" / "p0_a.nrrd").write_bytes(b"NRRD")
+    with pytest.raises(InputError, match="p0_a.nrrd: the label cannot be read"):
+        hide_labels("4", 504, "12", dry_run=True)
+    assert [path.name for path in source.parent.iterdir()] == ["Dataset004_Many"]
+
+
+def test_list_written_by_the_windows_editor(source, tmp_path):
+    (tmp_path / "list.txt").write_text("p1_a\r\np2_b\r\n", encoding="utf-8-sig")
+    hide_labels("4", 504, str(tmp_path / "list.txt"))
+    assert cases_in(source.with_name("Dataset504_Many") / "imagesTr") == {"p1_a", "p2_b"}
 
 
 def test_dataset_json_may_name_the_files(source):

@@ -1,7 +1,9 @@
 """Reading, orientation, DICOM series, previews."""
 
 import itertools
+import os
 import re
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -116,6 +118,40 @@ def test_dicom_file_of_no_series(tmp_path):
         damaged.write_bytes(whole)
 
 
+@pytest.mark.parametrize("moved", [slice(0, None, 2), slice(0, 2)], ids=["every other slice", "half"])
+def test_dicom_series_in_two_folders(moved, tmp_path):
+    """Each folder alone would pass for an image, of half the slices or of half the size."""
+    write_series(tmp_path / "a", make_ct(3), "P1")
+    (found,) = images.find_series(images.walk(tmp_path)).values()
+    (tmp_path / "b").mkdir()
+    for file in found[moved]:
+        file.rename(tmp_path / "b" / file.name)
+    with pytest.raises(
+        InputError, match=r"/a and .*/b both have files of the DICOM series .*; put them into one folder"
+    ):
+        images.find_series(images.walk(tmp_path))
+    for file in (tmp_path / "a").iterdir():
+        file.rename(tmp_path / "b" / file.name)
+    (whole,) = images.find_series(images.walk(tmp_path)).values()
+    assert len(whole) == 5
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    with pytest.raises(InputError, match=r"/b and .*/c both have .*; 5 slices are there twice, move one copy away"):
+        images.find_series(images.walk(tmp_path))
+
+
+def test_dicom_series_with_two_images_at_one_place(tmp_path):
+    """Phases of one series, each in its folder, are images of their own."""
+    for number in (3, 4):
+        write_series(tmp_path / str(number), make_ct(number), "P1", series="1.2.4.5")
+    found = images.find_series(images.walk(tmp_path))
+    assert len({uid for _, uid in found}) == 1 and [len(files) for files in found.values()] == [5, 5]
+    write_series(tmp_path / "5", make_ct(5, spacing=(0.7, 0.8, 2)), "P2", series="1.2.4.5")  # another patient
+    assert len(images.find_series(images.walk(tmp_path))) == 3
+    write_series(tmp_path / "6", make_ct(6, spacing=(0.7, 0.8, 2)), "P1", series="1.2.4.5")
+    with pytest.raises(InputError, match="slices of one image"):
+        images.find_series(images.walk(tmp_path))
+
+
 def test_dicom_slices_of_another_scale(tmp_path):
     write_series(tmp_path, make_ct(3), "P1")
     (found,) = images.find_series(images.walk(tmp_path)).values()
@@ -224,3 +260,45 @@ def test_preview_of_a_photograph(tmp_path):
     )
     save_preview(photo, None, tmp_path / "a.png", "t")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_archives_where_files_are_missing(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("x.nii.gz", "._b.zip", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert images.packed(tmp_path) == ""
+    (tmp_path / "deep" / "b.ZIP").write_bytes(b"")
+    assert images.packed(tmp_path) == f"; {tmp_path / 'deep' / 'b.ZIP'} is there: unpack first"
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    assert images.packed(tmp_path) == f"; {tmp_path / 'a.tar.gz'} and 1 more archives are there: unpack first"
+
+
+def test_folders_that_cannot_be_read_are_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match=r"/closed cannot be read \(Permission denied\); change its permissions"):
+        images.walk(tmp_path)
+
+
+def test_remedies_fit_the_fault(tmp_path):
+    sitk.WriteImage(make_ct(0), str(tmp_path / "A.nii.gz"))
+    (tmp_path / "A.nii.gz").rename(tmp_path / "A.Nii.gz")
+    with pytest.raises(InputError, match=r"A.Nii.gz: ITK does not know .*; rename the file, with the ending .nii.gz$"):
+        images.read_image(tmp_path / "A.Nii.gz")
+    affine = np.eye(4)
+    affine[0, 1] = 0.4
+    sheared = nibabel.Nifti1Image(np.ones((4, 5, 6), np.float32), None)
+    sheared.set_sform(affine, 1)
+    nibabel.save(sheared, tmp_path / "s.nii")
+    with pytest.raises(InputError, match=r"s.nii: by its header the axes are not at right angles .*; resample it"):
+        images.read_image(tmp_path / "s.nii")
+    nibabel.save(nibabel.Nifti1Image(np.full((4, 5, 6), np.nan, np.float32), np.eye(4)), tmp_path / "n.nii")
+    with pytest.raises(InputError, match="n.nii has NaN or infinite values; replace them"):
+        images.read_image(tmp_path / "n.nii")

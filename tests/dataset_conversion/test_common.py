@@ -130,6 +130,16 @@ def test_a_file_too_many_is_not_published(nnunet_raw, source):
     refuse(nnunet_raw, "labelsTr/c.nii.gz is of no case of this call.*; remove", convert, make_recipe(source), source)
 
 
+def test_litter_does_not_stop_a_conversion(nnunet_raw, source):
+    """What a process killed while writing leaves, and file browsers."""
+    folder = unfinished(nnunet_raw, source)
+    for name in (f"{common.RECORDS}/a.json.4711.tmp", ".DS_Store", "imagesTr/._a_0000.nii.gz"):
+        (folder / name).write_bytes(b"x")
+    convert(make_recipe(source), source)
+    target = nnunet_raw / "Dataset007_X"
+    assert names(target / "imagesTr") == {"a", "b"} and not list(target.rglob(".*"))
+
+
 @pytest.mark.parametrize("damage", ["label gone", "image empty", "record empty", "record of another kind"])
 def test_what_was_written_must_still_be_there(damage, nnunet_raw, source):
     folder = unfinished(nnunet_raw, source)
@@ -191,3 +201,14 @@ def test_labelled_choice():
     assert lists.choose_labelled("all", ["a", "b"]) == ["a", "b"]
     with pytest.raises(InputError, match="must be 1 to 2"):
         lists.choose_labelled("3", ["a", "b"])
+
+
+def test_list_written_by_the_windows_editor(tmp_path):
+    (tmp_path / "list.txt").write_text("b\r\na\r\n", encoding="utf-8-sig")
+    assert lists.choose_labelled(str(tmp_path / "list.txt"), ["a", "b"]) == ["b", "a"]
+
+
+def test_archives_are_named_where_cases_are_missing(tmp_path):
+    (tmp_path / "labels.zip").write_bytes(b"")
+    with pytest.raises(InputError, match=r"1 of 2 cases lack it: a; complete; .*/labels.zip is there: unpack first$"):
+        lists.require_present(tmp_path, ["a"], 2, "cases lack it", "complete")

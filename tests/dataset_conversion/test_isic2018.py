@@ -84,13 +84,14 @@ def test_without_the_test_part(nnunet_raw, source):
     [
         ("no mask", "1 of 9 images lack their mask: ISIC_0000007"),
         ("cut photograph", "ISIC_0000003.jpg: damaged or incomplete"),
+        ("empty photograph", "ISIC_0000003.jpg: damaged or incomplete .*; copy or download it again"),
         ("grey photograph", "ISIC_0000003.jpg: no colour photograph"),
         ("mask value", "ISIC_0000007_segmentation.png: unexpected label value 7"),
         ("mask size", "ISIC_0000007_segmentation.png: the label has shape"),
         ("part", "no part of the challenge"),
         ("twice", "ISIC_0000003 is there twice"),
         ("mask twice", "ISIC_0000007_segmentation.png: there is another"),
-        ("nothing", "has no folder .Training_Input"),
+        ("nothing", "has no folder .*Training_Input with .*; .*x.zip is there: unpack first"),
     ],
 )
 def test_wrong_input(damage, match, nnunet_raw, source):
@@ -101,6 +102,8 @@ def test_wrong_input(damage, match, nnunet_raw, source):
             mask.unlink()
         case "cut photograph":
             photograph.write_bytes(photograph.read_bytes()[:-100])
+        case "empty photograph":
+            photograph.write_bytes(b"")
         case "grey photograph":
             io.imsave(photograph, np.zeros((9, 9), np.uint8), check_contrast=False)
         case "mask value":
@@ -117,6 +120,7 @@ def test_wrong_input(damage, match, nnunet_raw, source):
             (source / "GroundTruth_old" / mask.name).write_bytes(mask.read_bytes())
         case "nothing":
             source = source / "ISIC2018_Task1_Test_GroundTruth"
+            (source / "x.zip").write_bytes(b"")
     refuse(nnunet_raw, match, isic2018.convert, source, 18, "2")
 
 

@@ -29,6 +29,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from dataset_conversion import common, la, lists
+from nnunetv2_semisup.data.images import same_geometry
 from nnunetv2_semisup.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,7 +157,7 @@ def test_every_voxel_arrives_where_it_was(form, raw, tmp_path):
                 array, label = read_nifti(target / labels / f"{case}.nii.gz")
                 np.testing.assert_array_equal(array, source_label)
                 assert array.dtype == np.uint8
-                assert la.same_geometry(image, label)
+                assert same_geometry(image, label)
 
 
 @FORMS
@@ -182,7 +183,7 @@ def test_nrrd_with_another_orientation_keeps_its_world_coordinates(raw, tmp_path
     # RAS to LPS: x and y change sign
     corner = np.array(ORIGIN) + np.array([6, 4, 2]) * SPACING
     np.testing.assert_allclose(written.TransformIndexToPhysicalPoint((6, 4, 2)), corner * [-1, -1, 1], atol=1e-5)
-    assert la.same_geometry(written, read_nifti(raw / "Dataset508_LA/labelsTr/C1.nii.gz")[1])
+    assert same_geometry(written, read_nifti(raw / "Dataset508_LA/labelsTr/C1.nii.gz")[1])
 
 
 def test_nnunet_understands_the_dataset(raw, source, monkeypatch):
@@ -296,7 +297,13 @@ def test_nrrd_labels_of_unlabelled_cases_are_never_opened(raw, tmp_path):
 def test_source_must_be_right(raw, source, tmp_path):
     refuse(raw, "is no folder", tmp_path / "absent", 508, "2")
     (tmp_path / "empty").mkdir()
-    refuse(raw, "neither <ID>/mri_norm2.h5 nor <ID>/lgemri.nrrd$", tmp_path / "empty", 508, "2")
+    refuse(
+        raw,
+        "neither <ID>/mri_norm2.h5 nor <ID>/lgemri.nrrd; give the folder of the case folders$",
+        tmp_path / "empty",
+        508,
+        "2",
+    )
     (tmp_path / "outer").mkdir()
     source.rename(tmp_path / "outer" / "source")
     refuse(raw, "did you mean .*outer/source", tmp_path / "outer", 508, "2")
@@ -483,7 +490,7 @@ def damage_nrrd(folder: Path, kind: str) -> None:
         ("label 1", "laendo.nrrd: unexpected label value 1; only 0, 255"),
         ("label shape", "laendo.nrrd: the label has shape"),
         ("spacing", "laendo.nrrd: its header differs"),
-        ("origin", "laendo.nrrd: its header differs"),
+        ("origin", "laendo.nrrd: its header differs .*; is it the label of another case.*correct the header"),
         ("direction", "laendo.nrrd: its header differs"),
         ("nan", "lgemri.nrrd: .* not finite"),
         ("rank 2", "lgemri.nrrd: .* volume of three axes"),

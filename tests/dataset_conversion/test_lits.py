@@ -95,7 +95,7 @@ def test_lists(nnunet_raw, source, tmp_path):
         ("twice", "there is another"),
         ("all for testing", "--test 6: the number of test cases must be 0 to 5"),
         ("unknown test", "no such cases: volume-9"),
-        ("nothing", "has no volume-N.nii"),
+        ("nothing", "has no volume-N.nii; .*x.zip is there: unpack first"),
     ],
 )
 def test_wrong_input(damage, match, nnunet_raw, source, tmp_path):
@@ -129,6 +129,7 @@ def test_wrong_input(damage, match, nnunet_raw, source, tmp_path):
         case "nothing":
             source = tmp_path / "empty"
             source.mkdir()
+            (source / "x.zip").write_bytes(b"")
     refuse(nnunet_raw, match, lits.convert, source, 131, "all", choice)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -134,6 +135,9 @@ def test_labels_of_unlabelled_cases_are_not_read(raw, tmp_path):
     ("damage", "match"),
     [
         ("no label", "1 of 4 cases lack the image or the label: 0019; complete"),
+        ("packed labels", "3 of 4 cases lack the image or the label: .*/labels.zip is there: unpack first"),
+        ("divided series", "/series and .*/more both have files of the DICOM series .*; put them into one folder"),
+        ("copied series", "/series and .*/more both have .* 5 slices are there twice, move one copy away"),
         ("missing slice", "PANCREAS_0033.*: the 4 DICOM slices are not evenly spaced"),
         ("label of another case", "label0002.nii.gz: the label has 8 x 6 x 5 voxels .* 7 x 6 x 5"),
         ("label elsewhere", "label0002.nii.gz: by the headers it lies .* voxels away from .*dcm"),
@@ -158,6 +162,13 @@ def test_damaged_download(damage, match, raw, tmp_path):
     match damage:
         case "no label":
             (labels / "label0019.nii.gz").unlink()
+        case "packed labels":
+            shutil.rmtree(labels)
+            (source / "labels.zip").write_bytes(b"")
+        case "divided series" | "copied series":
+            (series / "more").mkdir()
+            for file in sorted((series / "11-24-2015" / "series").iterdir())[: 2 if damage == "divided series" else 5]:
+                (shutil.move if damage == "divided series" else shutil.copy)(file, series / "more")
         case "missing slice":
             write_series(series / "new", make_case("0033")[0], "PANCREAS_0033", skip=(2,))
             for file in (series / "11-24-2015" / "series").iterdir():

@@ -1,0 +1,153 @@
+"""Find the images in a folder of any layout, and the case and channel that each is."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2_semisup.data import images
+from nnunetv2_semisup.errors import InputError
+
+FORMATS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+PHOTOGRAPHS = (".png", ".bmp", ".tif", ".tiff")
+DETACHED = (".nhdr", ".mhd")  # headers whose voxels lie in another file
+COMPANIONS = (".raw", ".zraw", ".raw.gz", ".img")  # such voxels
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A case to bring in.
+
+    Attributes:
+        case: its id.
+        sources: one entry per channel: a file, or the slices of a DICOM series.
+    """
+
+    case: str
+    sources: tuple[tuple[Path, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A file or series with its name, without ending, and the same with the folders before it."""
+
+    files: tuple[Path, ...]
+    name: str
+    long_name: str
+
+
+def find_incoming(source: Path, channels: int, ending: str) -> tuple[list[Incoming], list[Path]]:
+    """The cases below ``source``, and the files of other kinds; an image that cannot be one is an error.
+
+    Args:
+        source: resolved.
+        channels: of the dataset.
+        ending: of its files.
+    """
+    files = images.walk(source)
+    series = images.find_series(files)
+    slices = {file for members in series.values() for file in members}
+    formats = PHOTOGRAPHS if ending in PHOTOGRAPHS else FORMATS
+    with_headers = {file.parent for file in files if file.name.lower().endswith(DETACHED)}
+    found, others = [], []
+    for file in files:
+        name = file.name.lower()
+        if file in slices or (name.endswith(COMPANIONS) and file.parent in with_headers):
+            continue
+        if name.endswith(images.ARCHIVES):
+            raise InputError(f"{file} is an archive: unpack it and give the folder")
+        suffix = next((suffix for suffix in formats if name.endswith(suffix)), None)
+        if suffix is None:
+            others.append(file)
+            continue
+        names = (file.name, file.relative_to(source).as_posix())
+        found.append(_Image((file,), *(_case_name(name[: -len(suffix)], file) for name in names)))
+    per_folder = [folder for folder, _ in series]
+    for (folder, uid), members in series.items():
+        if len(members) < 2:
+            raise InputError(
+                f"{members[0]}: the DICOM series has one file only; complete it, move it away if it is a scout, or "
+                f"convert it to NIfTI if it holds all slices"
+            )
+        name = folder.relative_to(source).as_posix() if folder != source else source.name
+        name = _case_name(f"{name}_{uid[-8:]}" if per_folder.count(folder) > 1 else name, folder)
+        found.append(_Image(tuple(members), name, name))
+    if not found:
+        hint = f"; {other_kinds(others)}" if others else ""
+        kinds = ", ".join(formats) + ("" if formats == PHOTOGRAPHS else " and DICOM series")
+        raise InputError(f"{source} holds no images of the formats {kinds}{hint}")
+    return _by_case(found, channels, source, ending), others
+
+
+def other_kinds(files: Sequence[Path]) -> str:
+    """What to tell of files that are not read: their number, and one of each kind."""
+    examples = list({file.suffix.lower(): str(file) for file in reversed(files)}.values())[::-1]
+    return f"{len(files)} files of other kinds were not read, e.g. {', '.join(examples[:3])}"
+
+
+def _by_case(found: Sequence[_Image], channels: int, source: Path, ending: str) -> list[Incoming]:
+    """Cases by the names; by those with the folders where several cases would have one name."""
+    if channels == 1:
+        _refuse_second_channels(found)
+    usual = [(image, _case_and_channel(image, image.name, channels, ending)) for image in found]
+    times = Counter(place for _, place in usual)
+    repeated = {case for (case, _), number in times.items() if number > 1}
+    cases: dict[str, dict[int, tuple[Path, ...]]] = {}
+    for image, (case, channel) in usual:
+        if case in repeated:
+            case, channel = _case_and_channel(image, image.long_name, channels, ending)
+        if channel in cases.setdefault(case, {}):
+            other = cases[case][channel][0]
+            raise InputError(f"{image.files[0]}: {other} would be case {case} as well; rename one of them")
+        cases[case][channel] = image.files
+    for case, parts in cases.items():
+        expected = 1 if ending in PHOTOGRAPHS and set(parts) == {0} else channels
+        if sorted(parts) != list(range(expected)):
+            there = ", ".join(f"{channel:04d}" for channel in sorted(parts))
+            raise InputError(f"{source}: case {case} has channel {there}, expected {expected} channels from 0000 on")
+        if case.endswith("_seg"):
+            raise InputError(f"{parts[0][0]}: nnU-Net keeps names ending with _seg for its own files: rename it")
+    return [Incoming(case, tuple(parts[i] for i in sorted(parts))) for case, parts in sorted(cases.items())]
+
+
+def _case_and_channel(image: _Image, name: str, channels: int, ending: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(.+)_(\d{4})", name)
+    if match and (channels > 1 or match[2] == "0000"):
+        return match[1], int(match[2])
+    if channels == 1 or ending in PHOTOGRAPHS:
+        return name, 0
+    raise InputError(
+        f"{image.files[0]}: the dataset has {channels} channels, so names must end with the channel, {name}_0000; "
+        f"rename it"
+    )
+
+
+def _refuse_second_channels(found: Sequence[_Image]) -> None:
+    """X_0001 beside X_0000 is a channel that a dataset of one channel has no place for, and no case of its own."""
+    first = {image.name.removesuffix("_0000"): image.files[0] for image in found if image.name.endswith("_0000")}
+    for image in found:
+        match = re.fullmatch(r"(.+)_\d{4}", image.name)
+        if match and match[1] in first and not image.name.endswith("_0000"):
+            raise InputError(
+                f"{image.files[0]} looks like another channel of {first[match[1]]}, and the dataset has one channel; "
+                f"move it away, or, if they are two cases, name the latter {match[1]}_0000_0000"
+            )
+
+
+def present_cases(folder: Path, ending: str) -> list[Incoming]:
+    """Cases that lie in a folder of the dataset already."""
+    cases: dict[str, list[tuple[Path, ...]]] = {}
+    for file in sorted(folder.glob(f"[!.]*_[0-9][0-9][0-9][0-9]{ending}")):
+        cases.setdefault(file.name[: -len(ending) - 5], []).append((file,))
+    return [Incoming(case, tuple(files)) for case, files in cases.items()]
+
+
+def _case_name(name: str, file: Path) -> str:
+    """A case id of letters, digits, '_', '-' and '.'."""
+    clean = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.")
+    if not clean:
+        raise InputError(f"{file}: its name has no letter (A to Z) or digit to call a case by; rename it")
+    return clean
