@@ -80,6 +80,8 @@ def _pictures(
     pictures = {}
     for key in dict.fromkeys(map(_curve, chosen)):
         of_curve = [c for c in chosen if _curve(c) == key]
+        if len(of_curve) < 2:
+            continue  # a single point, as of an ablation, is in the tables
         name, configuration, plans, epochs, steps, fold = key
         what = f"{name}, {configuration}, plans {plans}, {epochs} epochs ({steps:,} steps), fold {fold}"
         caption = f"Test Dice against the number of labelled cases: {what}. Mean and sd over seeds."
