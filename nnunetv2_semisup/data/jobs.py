@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 
@@ -44,7 +44,7 @@ def run_jobs(function: Callable, jobs: Sequence, processes: int, description: st
 def _run_in_processes(function: Callable, jobs: Sequence, processes: int, bar: tqdm) -> list:
     try:
         with worker_pool(processes) as pool:
-            futures = [pool.submit(function, job) for job in jobs]
+            futures = [submit(pool, function, job) for job in jobs]
             for future in as_completed(futures):
                 future.result()
                 bar.update()
@@ -69,6 +69,16 @@ def worker_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
                 worker.kill()  # also in the middle of a case: what it writes is not finished and nobody uses it
             pool.shutdown(cancel_futures=True)
             lifeline.close()
+
+
+def submit(pool: ProcessPoolExecutor, function: Callable, job: object) -> Future:
+    """``pool.submit``, which may start a worker; if an earlier one died meanwhile, always BrokenProcessPool."""
+    try:
+        return pool.submit(function, job)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise BrokenProcessPool("a worker died while another one was started") from error  # "handle is closed"
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from nnunetv2_semisup.data.folders import (
     unlabeled_folder,
     write_json,
 )
-from nnunetv2_semisup.data.jobs import worker_pool
+from nnunetv2_semisup.data.jobs import submit, worker_pool
 from nnunetv2_semisup.errors import InputError
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")  # the files of a case: image, nonzero mask, properties
@@ -378,7 +378,7 @@ def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: in
 def _run_in_pool(jobs: list[_Job], workers: int, publish: Callable[[str], None]) -> None:
     """Run the jobs in processes of their own; the first error ends all of them and is raised."""
     with worker_pool(workers) as pool:
-        case_of = {pool.submit(_preprocess_case, job): job.case for job in jobs}
+        case_of = {submit(pool, _preprocess_case, job): job.case for job in jobs}
         running = set(case_of)
         while running:
             # With a time limit: a Ctrl-C that arrives just before the wait begins would be noticed only at its end.

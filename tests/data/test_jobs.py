@@ -1,15 +1,18 @@
 """No worker outlives the process that started it, however that ends."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nnunetv2_semisup.data import jobs
+from nnunetv2_semisup.errors import InputError
 
 ROOT = Path(jobs.__file__).parents[2]
 SCRIPT = """
@@ -31,6 +34,20 @@ if __name__ == "__main__":
         alive = [name for name in FOLDER.glob("*.pid") if Path("/proc", name.stem).exists()]
         (FOLDER / "released").write_text(f"{len(alive)} alive")
 """
+
+
+@pytest.mark.parametrize(("error", "raised"), [
+    (OSError("handle is closed"), InputError), (OSError(errno.EMFILE, "Too many open files"), OSError),
+])  # fmt: skip
+def test_a_worker_that_dies_while_another_is_started(error, raised, monkeypatch):
+    """multiprocessing closes the pipes that the new one is about to get."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(ProcessPoolExecutor, "_adjust_process_count", fail)
+    with pytest.raises(raised, match="a worker process died|Too many open files"):
+        jobs.run_jobs(abs, [1, 2], 2)
 
 
 def is_alive(worker: int) -> bool:
