@@ -47,7 +47,7 @@ from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.h5 import array_to_image, check_spacing, read_h5_arrays, require_h5py
 from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, VALIDATION, check_image, check_label
-from nnunetv2_semisup.data.images import check_source, packed, read_image, require_same_geometry, walk
+from nnunetv2_semisup.datasets.images import check_source, packed, read_image, require_same_geometry, walk
 from nnunetv2_semisup.errors import InputError
 
 LABELS = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}

@@ -31,11 +31,12 @@ from nnunetv2_semisup.data.checks import (
     facts_rows,
     table_text,
 )
-from nnunetv2_semisup.data.folders import PATIENTS, write_json
-from nnunetv2_semisup.data.images import check_inside, read_image, write_image
+from nnunetv2_semisup.data.folders import PATIENTS
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.data.raw import SUBFOLDERS, new_dataset_path, publish, reserved_id, write_splits
+from nnunetv2_semisup.datasets.images import check_inside, read_image, write_image
+from nnunetv2_semisup.datasets.raw import SUBFOLDERS, new_dataset_path, publish, reserved_id, write_splits
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import write_json
 
 FILE_ENDING = ".nii.gz"
 RECORDS = ".finished"  # in an unfinished folder: what is known of each case that is done
@@ -178,7 +179,7 @@ def convert_case(job: Job) -> Facts:
             sizes = [file.stat().st_size for file in _outputs(job)]
             write_json(_record(job), {"state": state, "sizes": sizes, "facts": asdict(facts)})
     if job.preview:
-        from nnunetv2_semisup.data.preview import save_preview
+        from nnunetv2_semisup.datasets.preview import save_preview
 
         shown = [*map(read_image, _outputs(job)), None][:2]
         save_preview(*shown, _preview(job), f"{case.name} ({case.role})")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_semisup.data.images import last_line
+from nnunetv2_semisup.datasets.images import last_line
 from nnunetv2_semisup.errors import InputError
 
 

@@ -32,7 +32,7 @@ from dataset_conversion import common
 from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.lists import choose_labelled, choose_test, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, VALIDATION, check_label
-from nnunetv2_semisup.data.images import check_source, last_line, packed, read_image, walk
+from nnunetv2_semisup.datasets.images import check_source, last_line, packed, read_image, walk
 from nnunetv2_semisup.errors import InputError
 
 LABELS = {"background": 0, "lesion": 1}

@@ -49,7 +49,7 @@ from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.h5 import array_to_image, check_spacing, read_h5_arrays, require_h5py
 from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_image, check_label
-from nnunetv2_semisup.data.images import check_source, packed, read_image, require_same_geometry
+from nnunetv2_semisup.datasets.images import check_source, packed, read_image, require_same_geometry
 from nnunetv2_semisup.errors import InputError
 
 LABELS = {"background": 0, "left atrium": 1}

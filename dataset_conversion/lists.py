@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnunetv2_semisup.data.images import packed
+from nnunetv2_semisup.datasets.images import packed
 from nnunetv2_semisup.errors import InputError
 
 LISTS = Path(__file__).resolve().parent / "splits"

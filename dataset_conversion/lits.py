@@ -29,7 +29,15 @@ from dataset_conversion import common
 from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.lists import choose_labelled, choose_test, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
-from nnunetv2_semisup.data.images import align_label, check_source, orientation, packed, read_image, read_label, walk
+from nnunetv2_semisup.datasets.images import (
+    align_label,
+    check_source,
+    orientation,
+    packed,
+    read_image,
+    read_label,
+    walk,
+)
 from nnunetv2_semisup.errors import InputError
 
 LABELS = {"both": {"background": 0, "liver": 1, "tumour": 2}, "liver": {"background": 0, "liver": 1}}

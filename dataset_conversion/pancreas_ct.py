@@ -47,7 +47,7 @@ from dataset_conversion.common import Case, Options, Recipe
 from dataset_conversion.h5 import array_to_image, read_h5_arrays, require_h5py
 from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_image, check_label
-from nnunetv2_semisup.data.images import (
+from nnunetv2_semisup.datasets.images import (
     align_label,
     check_source,
     dicom_tag,

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from nnunetv2_semisup import files
 from nnunetv2_semisup.errors import InputError
 
 
@@ -131,7 +132,7 @@ def hide_labels(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check and report, write nothing")
     parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
-    from nnunetv2_semisup.data import hide_labels as hide_labels_module
+    from nnunetv2_semisup.datasets import hide_labels as hide_labels_module
 
     choice = (args.labeled, args.name, args.patient_pattern, args.stratified, args.seed)
     print(hide_labels_module.hide_labels(args.d, args.o, *choice, args.dry_run, args.np))
@@ -158,7 +159,7 @@ def add_unlabeled(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     args = parser.parse_args(arguments)
-    from nnunetv2_semisup.data import add_unlabeled as add_unlabeled_module
+    from nnunetv2_semisup.datasets import add_unlabeled as add_unlabeled_module
 
     options = (args.reorient, args.dry_run, args.previews, args.np)
     print(add_unlabeled_module.add_unlabeled(args.d, Path(args.folder), *options))
@@ -206,7 +207,7 @@ def demo(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.epochs is not None and args.epochs < 1:
         raise InputError(f"--epochs {args.epochs}: at least one epoch is needed")
-    from nnunetv2_semisup import demo as demo_module
+    from nnunetv2_semisup.demo import run as demo_module
 
     demo_module.run(Path(args.o), args.tr, args.epochs, args.device)
 
@@ -243,74 +244,9 @@ def benchmark(arguments: list[str] | None = None) -> int:
         "--slurm", nargs="*", metavar="KEY=VALUE", help="submit the runs, e.g. slurm_partition=gpu timeout_min=600"
     )
     args = parser.parse_args(arguments)
-    from nnunetv2_semisup.benchmark import grid, records, run
+    from nnunetv2_semisup.benchmark import command as benchmark_command
 
-    if args.threads is not None and args.threads < 1:
-        raise InputError(f"--threads {args.threads}: at least one is needed")
-    if args.report:
-        from nnunetv2_semisup.benchmark import report
-
-        work = None if args.results and not args.o else records.WorkFolder((args.o or _work_folder()).resolve())
-        if work is not None and not work.root.is_dir():
-            raise InputError(f"{work.root} is not a folder: name the benchmark's work folder with -o")
-        if work is None and not args.results.is_dir():
-            raise InputError(f"{args.results} is not a folder: name the one with runs.csv")
-        report.write(args.results or work.root / "results", work)
-        return 0
-    work = records.WorkFolder((args.o or _work_folder()).resolve())
-    results = args.results or work.root / "results"
-    options = run.Options(args.device, args.threads)
-    if args.speed:
-        return _speed(args, results)
-    if (args.grid is None) == (args.d is None):
-        raise InputError("give either a GRID.yaml or -d, -tr and --epochs")
-    if args.grid:
-        blocks, where = grid.read(args.grid), str(args.grid)
-    else:
-        given = {"datasets": args.d, "seeds": args.seeds, "trainers": args.tr, "epochs": args.epochs, "fold": args.f}
-        given |= {"configuration": args.c, "plans": args.p, "inference": args.inference}
-        blocks, where = [{key: value for key, value in given.items() if value is not None}], "arguments"
-    runs = grid.expand(blocks, lambda dataset: _preprocessed_folder(dataset).name, where)
-    run.check(runs)
-    if args.dry_run:
-        run.dry_run(runs, work, options)
-        return 0
-    if args.slurm is not None:
-        run.submit(runs, work, options, _key_values(args.slurm))
-        return 0
-    return 1 if run.run_grid(runs, work, results, options) else 0
-
-
-def _speed(args: argparse.Namespace, results: Path) -> int:
-    from nnunetv2_semisup.benchmark import speed, worker
-
-    if not args.d:
-        raise InputError("--speed needs a preprocessed data set: -d ID, with -c and -p")
-    worker.set_threads(args.device, args.threads)
-    for dataset in args.d:
-        for plans_name in args.p:
-            for configuration in args.c:
-                where = (_preprocessed_folder(dataset).name, configuration, plans_name)
-                rows = speed.measure(*where, args.device, trainers=args.tr)
-                print(f"{' '.join(where)}, {rows[0]['hardware']}, {rows[0]['threads']} threads\n{speed.table(rows)}")
-                print(f"Written to {speed.write(results, rows)}")
-    return 0
-
-
-def _key_values(texts: list[str]) -> dict:
-    from nnunetv2_semisup.settings import parse_value
-
-    for text in texts:
-        if "=" not in text:
-            raise InputError(f"--slurm {text!r} is malformed: write KEY=VALUE")
-    return {key: parse_value(value) for key, value in (text.split("=", 1) for text in texts)}
-
-
-def _work_folder() -> Path:
-    results = os.environ.get("nnUNet_results")
-    if not results:
-        raise InputError("nnUNet_results is not set: export nnUNet_results=FOLDER, or name a work folder with -o")
-    return Path(results).parent / "benchmark"
+    return benchmark_command.run(args)
 
 
 def _dataset_argument(parser: argparse.ArgumentParser) -> None:
@@ -323,24 +259,11 @@ def _write_missing_splits(folder: Path) -> None:
 
     raw = Path(os.environ.get("nnUNet_raw", ""), folder.name)
     if (raw / "imagesTr").is_dir():
-        dataset_json = folders.read_json(folder / "dataset.json", "run nnUNetv2_plan_and_preprocess again")
+        dataset_json = files.read_json(folder / "dataset.json", "run nnUNetv2_plan_and_preprocess again")
         written = splits.ensure_splits(folder, folders.labelled_identifiers(raw, dataset_json))
         if written:
             print(f"Fewer than 5 labelled cases: wrote leave-one-out folds to {written}")
 
 
 def _preprocessed_folder(dataset: str) -> Path:
-    """The dataset's folder in nnUNet_preprocessed, or an InputError that says what to set or to run."""
-    root = os.environ.get("nnUNet_preprocessed")
-    if not root:
-        raise InputError("nnUNet_preprocessed is not set: export nnUNet_preprocessed=FOLDER, as nnU-Net needs it too")
-    name = f"Dataset{int(dataset):03d}_" if dataset.isdigit() else dataset
-    exact = not dataset.isdigit()
-    found = [f for f in sorted(Path(root).glob("Dataset*")) if (f.name == name if exact else f.name.startswith(name))]
-    if len(found) != 1:
-        what = "no dataset" if not found else f"{len(found)} datasets ({', '.join(f.name for f in found)})"
-        raise InputError(
-            f"{what} for -d {dataset} in {root}: "
-            + ("run nnUNetv2_plan_and_preprocess -d first" if not found else "give the full name")
-        )
-    return found[0]
+    return files.find_dataset(dataset, files.PREPROCESSED, "run nnUNetv2_plan_and_preprocess -d first")

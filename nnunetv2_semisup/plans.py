@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from math import prod
 from pathlib import Path
 
 from nnunetv2_semisup import settings
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import write_json
 
 DERIVED_FROM = "semisup_derived_from"  # key that marks a plans file as ours; its value is the base's name
 PRESET = "semisup_preset"  # key that holds the preset, null without one
@@ -63,7 +63,7 @@ def derive(preprocessed_dataset_folder: Path, base: str, name: str, preset: str 
     elif preset is not None:
         raise InputError(f"unknown preset {preset!r}: there is cpu")
     plans |= {"plans_name": name, DERIVED_FROM: base, PRESET: preset}
-    _write(plans, target)
+    write_json(target, plans, indent=4)
     return target
 
 
@@ -255,13 +255,3 @@ def _read_or_none(file: Path):
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def _write(plans: dict, target: Path) -> None:
-    """Write in nnU-Net's style; a reader sees the old file or the whole new one."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(plans, indent=4), encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

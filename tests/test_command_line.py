@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import LABELS, SHAPE, make_dataset
+from helpers import LABELS, SHAPE, make_dataset
 
 from nnunetv2_semisup import discovery
 

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunetv2_semisup import demo, demo_data
+from nnunetv2_semisup.demo import data, run
 
 
 def test_data_are_frozen():
     """Statistics, not bytes, so that another scipy's last digit does not matter; a changed generator does."""
-    image, label = demo_data.make_case(0)
-    assert image.shape == label.shape == demo_data.SHAPE and image.dtype == np.int16 and label.dtype == np.uint8
+    image, label = data.make_case(0)
+    assert image.shape == label.shape == data.SHAPE and image.dtype == np.int16 and label.dtype == np.uint8
     assert set(np.unique(label)) == {0, 1}
     assert [int(label.sum()), round(float(image.mean()), 1), round(float(image.std()), 1)] == FROZEN
-    assert not np.array_equal(image, demo_data.make_case(1)[0])
+    assert not np.array_equal(image, data.make_case(1)[0])
 
 
 FROZEN = [17780, 199.0, 209.6]
 
 
 def test_dataset_has_no_label_of_an_unlabelled_case(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "CASES", {"imagesTr": 1, "imagesUn": 1, "imagesTs": 1})
-    demo.make_dataset(tmp_path)
+    monkeypatch.setattr(run, "CASES", {"imagesTr": 1, "imagesUn": 1, "imagesTs": 1})
+    run.make_dataset(tmp_path)
     names = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.nii.gz"))
     assert names == [
         "imagesTr/tr000_0000.nii.gz",
@@ -35,7 +35,7 @@ def test_dataset_has_no_label_of_an_unlabelled_case(tmp_path, monkeypatch):
         "labelsTr/tr000.nii.gz",
         "labelsTs/ts002.nii.gz",
     ]
-    assert sitk.ReadImage(str(tmp_path / names[0])).GetSpacing() == demo_data.SPACING_MM
+    assert sitk.ReadImage(str(tmp_path / names[0])).GetSpacing() == data.SPACING_MM
     assert json.loads((tmp_path / "dataset.json").read_text())["numTraining"] == 1
 
 
@@ -46,7 +46,7 @@ def test_table_shows_a_loss_as_a_loss(tmp_path):
         models[name].mkdir()
         cases = [{"prediction_file": f"/x/ts{i}.nii.gz", "metrics": {"1": {"Dice": v}}} for i, v in enumerate(values)]
         (models[name] / "summary.json").write_text(json.dumps({"metric_per_case": cases}))
-    table = demo.write_table(tmp_path / "dice.csv", models)
+    table = run.write_table(tmp_path / "dice.csv", models)
     assert "0.700   0.141   0.600" in table and "difference -0.100" in table
     assert (tmp_path / "dice.csv").read_text().splitlines() == [
         "case,baseline,ours",

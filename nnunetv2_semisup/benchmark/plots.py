@@ -22,9 +22,9 @@ from nnunetv2_semisup.benchmark import table
 from nnunetv2_semisup.benchmark.grid import family
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.benchmark.table import BASELINE, Comparison
-from nnunetv2_semisup.data.folders import read_json
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.training_log import COLOURS
+from nnunetv2_semisup.files import read_json, whole_file
+from nnunetv2_semisup.training.log import COLOURS
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DIGEST = "Description"  # key of a PNG's text that holds the digest of the numbers in it
@@ -270,6 +270,5 @@ def _marker(i: int) -> str:
 
 
 def _save(figure: Figure, file: Path, numbers: str) -> None:
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp.png")
-    figure.savefig(temporary, dpi=130, metadata={DIGEST: numbers})
-    os.replace(temporary, file)
+    with whole_file(file) as temporary:
+        figure.savefig(temporary, dpi=130, format="png", metadata={DIGEST: numbers})

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nnunetv2_semisup import __version__
+from nnunetv2_semisup import __version__, files
 from nnunetv2_semisup.benchmark.grid import Run
-from nnunetv2_semisup.data.folders import read_json, write_json
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation import folder as evaluation
 from nnunetv2_semisup.evaluation.metrics import METRICS
+from nnunetv2_semisup.files import read_json, write_json
 
 FORMAT = 1
 RECORD_KEYS = {"run", "dataset", "labeled", "trainer", "seed", "versions", "train_seconds", "evaluations"}
@@ -227,9 +227,4 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
         return f"{value:.6f}" if isinstance(value, float) else value
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([text(row.get(column)) for column in columns] for row in rows)
-    os.replace(temporary, file)
+    files.write_csv(file, columns, ({column: text(row.get(column)) for column in columns} for row in rows))

@@ -17,8 +17,8 @@ from time import perf_counter
 from nnunetv2_semisup.benchmark import records, worker
 from nnunetv2_semisup.benchmark.grid import Run, family
 from nnunetv2_semisup.benchmark.records import WorkFolder
-from nnunetv2_semisup.data.folders import read_json
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import read_json
 
 WORKER = (sys.executable, "-u", "-m", "nnunetv2_semisup.benchmark.worker")
 SECONDS_TO_END = 10  # between SIGTERM and SIGKILL

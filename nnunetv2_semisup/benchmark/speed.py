@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nnunetv2_semisup import discovery
 from nnunetv2_semisup.benchmark import records
+from nnunetv2_semisup.files import environment
 
 BASELINE = "nnUNetTrainer"
 POINTS = (0.125, 0.375, 0.625, 0.875)  # of training
@@ -58,7 +59,7 @@ def measure(
     common["versions"] = records.versions_text(records.versions())
     rows = []
     for compiled in (False, True) if device == "cuda" else (False,):
-        with _variables(nnUNet_compile=str(compiled)):
+        with environment(nnUNet_compile=str(compiled)):
             memory = {}
             for name in names:  # one at a time: nothing of another trainer lies in memory
                 memory[name] = peak_memory_mb(build(dataset, configuration, plans, name, device))
@@ -77,7 +78,7 @@ def measure(
 
 def build(dataset: str, configuration: str, plans: str, name: str, device: str) -> nnUNetTrainer:
     """A trainer ready for :func:`step`; the log that its constructor writes goes to a folder that is removed."""
-    with tempfile.TemporaryDirectory() as folder, _variables(nnUNet_results=folder), _silent():
+    with tempfile.TemporaryDirectory() as folder, environment(nnUNet_results=folder), _silent():
         trainer = get_trainer_from_args(dataset, configuration, "all", name, plans, device=torch.device(device))
         trainer.initialize()
     trainer.print_to_log_file = lambda *arguments, **options: None
@@ -231,21 +232,6 @@ def write(results: Path, rows: list[dict]) -> Path:
     new = {key(row) for row in rows}
     records.write_csv(file, COLUMNS, [*(row for row in records.read_csv(file) if key(row) not in new), *rows])
     return file
-
-
-@contextlib.contextmanager
-def _variables(**values: str) -> Iterator[None]:
-    """Set environment variables for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -25,8 +25,9 @@ from filelock import FileLock, Timeout
 from nnunetv2_semisup.benchmark import records
 from nnunetv2_semisup.benchmark.grid import Run
 from nnunetv2_semisup.benchmark.records import WorkFolder
-from nnunetv2_semisup.data.folders import labelled_identifiers, read_json
+from nnunetv2_semisup.data.folders import labelled_identifiers
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import read_json
 
 BUSY = 75  # exit code when another process does this run (EX_TEMPFAIL)
 LOCK_SECONDS = 10  # a killed runner's process needs a moment to die

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
-import os
 import re
 import warnings
 from pathlib import Path
@@ -15,6 +13,7 @@ from nnunetv2.utilities.utils import (
 )
 
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import listed, read_json
 
 RAW_FOLDER = "imagesUn"
 
@@ -31,23 +30,6 @@ def unlabeled_folder(preprocessed_dataset_folder: Path | str, data_identifier: s
 def manifest_file(preprocessed_dataset_folder: Path | str, data_identifier: str) -> Path:
     """What was preprocessed from which files, beside :func:`unlabeled_folder`."""
     return Path(preprocessed_dataset_folder) / f"{data_identifier}_unlabeled.json"
-
-
-def write_json(file: Path, content: dict | list) -> None:
-    """Write ``content`` so that a reader finds either the old file or the whole new one."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def read_json(file: Path, remedy: str) -> dict | list:
-    """Content of ``file``; an InputError that names it and ends with ``remedy`` if it is missing or damaged."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file} does not exist: {remedy}") from error
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error}): {remedy}") from error
 
 
 def read_dataset_json(raw_dataset_folder: Path) -> dict:
@@ -148,11 +130,11 @@ def find_unlabeled_cases(raw_dataset_folder: Path, dataset_json: dict) -> dict[s
     _check_channels(folder, cases, files_per_case(raw_dataset_folder, dataset_json))
     both = sorted(set(cases) & set(labelled_identifiers(raw_dataset_folder, dataset_json)))
     if both:
-        raise InputError(f"{folder} holds labelled cases ({_names(both)}): remove them, they are in imagesTr already")
+        raise InputError(f"{folder} holds labelled cases ({listed(both)}): remove them, they are in imagesTr already")
     test = sorted(set(cases) & set(_identifiers(raw_dataset_folder / "imagesTs", ending)))
     if test:
         warnings.warn(
-            f"{len(test)} unlabelled cases are also in imagesTs ({_names(test)}): training sees the test images, so "
+            f"{len(test)} unlabelled cases are also in imagesTs ({listed(test)}): training sees the test images, so "
             f"results on them are transductive and must be reported as such.",
             stacklevel=2,
         )
@@ -192,8 +174,3 @@ def _identifiers(folder: Path, file_ending: str) -> list[str]:
 
 def _channels(numbers: list[int]) -> str:
     return ", ".join(f"{number:04d}" for number in numbers)
-
-
-def _names(cases: list[str], most: int = 10) -> str:
-    more = f" and {len(cases) - most} more" if len(cases) > most else ""
-    return ", ".join(cases[:most]) + more

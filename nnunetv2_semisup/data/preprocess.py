@@ -35,12 +35,11 @@ from nnunetv2_semisup.data.folders import (
     RAW_FOLDER,
     find_unlabeled_cases,
     manifest_file,
-    read_json,
     unlabeled_folder,
-    write_json,
 )
 from nnunetv2_semisup.data.jobs import submit, worker_pool
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import read_json, write_json
 
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")  # the files of a case: image, nonzero mask, properties
 
@@ -329,7 +328,7 @@ def _tidy(task: _Task, survey: _Survey) -> None:
     for file in survey.strays:
         if not any(file.name == f"{case}{suffix}" for case in survey.images for suffix in SUFFIXES):
             file.unlink()
-    for file in task.dataset_folder.glob(f"{task.manifest.name}.*.tmp"):
+    for file in task.dataset_folder.glob(f".{task.manifest.name}.*.tmp"):
         file.unlink()
     shutil.rmtree(task.temporary, ignore_errors=True)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-from nnunetv2_semisup.data.folders import read_json, write_json
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import read_json, write_json
 
 MIN_CASES_OF_STOCK = 5  # nnU-Net's 5-fold split dies below
 

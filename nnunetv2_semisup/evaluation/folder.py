@@ -18,11 +18,9 @@ measure: NaN, left out of every mean, neither a success nor a failure.
 from __future__ import annotations
 
 import contextlib
-import csv
 import gzip
 import io
 import math
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +34,10 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from scipy.ndimage import generate_binary_structure
 from scipy.ndimage import label as label_components
 
-from nnunetv2_semisup.data.folders import read_json, write_json
 from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks
+from nnunetv2_semisup.files import listed, read_json, write_csv, write_json
 
 COLUMNS = ("case", "label", "postprocessing", *METRICS, "voxels_prediction", "voxels_reference")
 POSTPROCESSING = ("none", "largest_component")
@@ -247,9 +245,9 @@ def _find_jobs(reference: Path, prediction: Path, labels: _Labels, largest_compo
         raise InputError(f"{reference} holds no file that ends with {labels.ending}, dataset.json's file_ending")
     missing, extra = sorted(set(references) - set(predictions)), sorted(set(predictions) - set(references))
     if missing:
-        raise InputError(f"{prediction} lacks predictions of {_names(missing)}: predict them, or evaluate fewer cases")
+        raise InputError(f"{prediction} lacks predictions of {listed(missing)}: predict them, or evaluate fewer cases")
     if extra:
-        raise InputError(f"{prediction} has files without a reference in {reference}: {_names(extra)}: remove them")
+        raise InputError(f"{prediction} has files without a reference in {reference}: {listed(extra)}: remove them")
     reader = _reader(labels.content, references[min(references)])
     postprocessing = POSTPROCESSING if largest_component else POSTPROCESSING[:1]
     return [
@@ -262,10 +260,6 @@ def _files(folder: Path, ending: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
     return {f.name: f for f in folder.iterdir() if f.name.endswith(ending) and not f.name.startswith(".")}
-
-
-def _names(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _reader(dataset_json: dict, example: Path) -> type[BaseReaderWriter]:
@@ -383,7 +377,7 @@ def _check_labels(job: _Job, reference: np.ndarray, prediction: np.ndarray) -> n
         unknown = np.unique(array[~np.isin(array, list(known))]).tolist()
         if unknown:
             which = "the ignore label" if unknown == [ignore] else "labels that dataset.json does not know"
-            raise InputError(f"{file} has {which}: {_names([f'{value:g}' for value in unknown])}")
+            raise InputError(f"{file} has {which}: {listed([f'{value:g}' for value in unknown])}")
     return reference != ignore if ignore is not None else np.ones(reference.shape, bool)
 
 
@@ -399,12 +393,7 @@ def _spacing_mm(job: _Job, properties: dict) -> list[float] | None:
 
 
 def _write_csv(file: Path, rows: list[dict]) -> None:
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6f}" if k in METRICS else v for k, v in row.items()} for row in rows)
-    os.replace(temporary, file)
+    write_csv(file, COLUMNS, ({k: f"{v:.6f}" if k in METRICS else v for k, v in row.items()} for row in rows))
 
 
 def _without_nan(value):

@@ -29,8 +29,8 @@ from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nnunetv2_semisup.data.folders import write_json
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import write_json
 
 LA_STRIDE_FRACTION = (18 / 112, 18 / 112, 4 / 80)  # x, y, z
 

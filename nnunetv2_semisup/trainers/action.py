@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_semisup.distributed import gather_rows
 from nnunetv2_semisup.losses.anatomical import anatomical_contrast, draw_voxels
 from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, confidence_weighted_cross_entropy, mix, pseudo_label
@@ -31,13 +30,14 @@ from nnunetv2_semisup.network.embedding_heads import (
     window_edges,
     windows,
 )
+from nnunetv2_semisup.network.teacher import MovingAverage, Teacher
 from nnunetv2_semisup.perturbations.jitter import apply_jitter, draw_jitter
 from nnunetv2_semisup.perturbations.mixing import draw_class_masks, draw_half_plane_boxes
 from nnunetv2_semisup.schedules import stage_bounds
 from nnunetv2_semisup.settings import SemiSupSettings, setting
-from nnunetv2_semisup.teacher import MovingAverage, Teacher
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
+from nnunetv2_semisup.training.distributed import gather_rows
 
 CANDIDATES = 2048  # voxels per class from which a step's negatives are drawn
 LOCAL_WIDTH = (

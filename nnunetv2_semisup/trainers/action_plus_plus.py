@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_semisup.distributed import gather_rows
 from nnunetv2_semisup.losses.anatomical import adaptive_anatomical_contrast, draw_voxels
 from nnunetv2_semisup.memory.centres import allocate, simplex_centres
 from nnunetv2_semisup.memory.queue import Queue, random_unit_rows
 from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.network.teacher import MovingAverage
 from nnunetv2_semisup.schedules import cosine_temperature
 from nnunetv2_semisup.settings import setting
-from nnunetv2_semisup.teacher import MovingAverage
 from nnunetv2_semisup.trainers.action import ACTION, ACTIONSettings, Voxels, thinned
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import TaskInfo
+from nnunetv2_semisup.training.distributed import gather_rows
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,18 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from nnunetv2_semisup import __version__, checkpoints
+from nnunetv2_semisup import __version__, files
 from nnunetv2_semisup import settings as settings_module
 from nnunetv2_semisup.data import folders, loader, preprocess, splits
-from nnunetv2_semisup.distributed import average_gradients, broadcast_state, is_distributed
 from nnunetv2_semisup.errors import InputError, TrainingFailed
-from nnunetv2_semisup.learning_rate import RestartingPolyLR
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.settings import SemiSupSettings
-from nnunetv2_semisup.stopping import StopRequest
 from nnunetv2_semisup.trainers.method import SemiSupMethod, TaskInfo
-from nnunetv2_semisup.training_log import TrainingLog
+from nnunetv2_semisup.training import checkpoints
+from nnunetv2_semisup.training.distributed import average_gradients, broadcast_state, is_distributed
+from nnunetv2_semisup.training.learning_rate import RestartingPolyLR
+from nnunetv2_semisup.training.log import TrainingLog
+from nnunetv2_semisup.training.stopping import StopRequest
 
 MAX_GRADIENT_NORM = 12  # nnU-Net's value
 MAX_OVERFLOWS_IN_A_ROW = 20  # a GradScaler that starts at 2^16 has passed every sensible scale by then
@@ -177,7 +178,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         return cases
 
     def get_dataloaders(self):
-        with _workers(0):  # stock builds its two loaders, transforms and all, without starting workers
+        with files.environment(
+            nnUNet_n_proc_DA="0"
+        ):  # stock builds its two loaders, transforms and all, without starting workers
             train, val = (augmenter.data_loader for augmenter in super().get_dataloaders())
         dims = slice(1, None) if train.patch_size_was_2d else slice(None)
         unlabeled = loader.UnlabeledDataLoader(
@@ -515,18 +518,3 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             json.dumps(content, indent=2) + "\n", encoding="utf-8"
         )
         self.print_to_log_file("semisup settings:", content)
-
-
-@contextlib.contextmanager
-def _workers(count: int):
-    """Set nnU-Net's own variable for the number of loader workers for a while."""
-    name = "nnUNet_n_proc_DA"
-    before = os.environ.get(name)
-    os.environ[name] = str(count)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

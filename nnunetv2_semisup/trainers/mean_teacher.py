@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from nnunetv2_semisup.losses.consistency import agreement, mean_squared_difference, probabilities
 from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.network.teacher import Teacher
 from nnunetv2_semisup.perturbations.noise import draw_clipped_noise
 from nnunetv2_semisup.schedules import sigmoid_ramp_up
 from nnunetv2_semisup.settings import SemiSupSettings, setting
-from nnunetv2_semisup.teacher import Teacher
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 

@@ -22,11 +22,11 @@ from nnunetv2_semisup.losses.pair_distillation import pair_distillation, similar
 from nnunetv2_semisup.losses.signed_distance import mean_squared_error_where_known
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.heads import SignedDistanceHead, SliceProjection
+from nnunetv2_semisup.network.teacher import MovingAverage, Teacher
 from nnunetv2_semisup.perturbations.feature import draw_channel_masks, drop_channels
 from nnunetv2_semisup.perturbations.noise import draw_clipped_noise
 from nnunetv2_semisup.schedules import sigmoid_ramp_up
 from nnunetv2_semisup.settings import SemiSupSettings, setting
-from nnunetv2_semisup.teacher import MovingAverage, Teacher
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 

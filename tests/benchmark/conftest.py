@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import LABELS, make_dataset
+from helpers import LABELS, make_dataset
 
 from nnunetv2_semisup.benchmark import records
 from nnunetv2_semisup.benchmark.grid import Run

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_semisup import files
 from nnunetv2_semisup.data import folders
 from nnunetv2_semisup.data.folders import find_unlabeled_cases
 from nnunetv2_semisup.errors import InputError
@@ -131,18 +132,18 @@ def test_dataset_json_without_channels(tmp_path):
 
 def test_a_reader_of_json_sees_the_old_or_the_new_file(tmp_path):
     file = tmp_path / "content.json"
-    folders.write_json(file, {"a": 1})
+    files.write_json(file, {"a": 1})
     with pytest.raises(TypeError):
-        folders.write_json(file, {"a": object()})
-    assert folders.read_json(file, "") == {"a": 1}
+        files.write_json(file, {"a": object()})
+    assert files.read_json(file, "") == {"a": 1}
 
 
 def test_reading_json_names_file_and_remedy(tmp_path):
     with pytest.raises(InputError, match=r"none.json does not exist: run this"):
-        folders.read_json(tmp_path / "none.json", "run this")
+        files.read_json(tmp_path / "none.json", "run this")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(InputError, match=r"bad.json is not valid JSON \(.*\): run this"):
-        folders.read_json(tmp_path / "bad.json", "run this")
+        files.read_json(tmp_path / "bad.json", "run this")
 
 
 def test_hidden_files_that_nnunet_would_take_for_cases(tmp_path):

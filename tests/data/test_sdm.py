@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import distance_transform_edt
 
-from nnunetv2_semisup.data import sdm_speed
 from nnunetv2_semisup.data.sdm import SignedDistanceMaps, distance_to, signed_distance_map
+from tools import sdm_speed
 
 SHAPES = st.one_of(st.tuples(*[st.integers(1, 6)] * 2), st.tuples(*[st.integers(1, 5)] * 3))
 MASKS = SHAPES.flatmap(lambda shape: arrays(bool, shape))

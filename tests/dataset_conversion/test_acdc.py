@@ -15,7 +15,7 @@ from conversion_helpers import REAL_DATA, names, read, refuse, verify, write_lis
 
 from dataset_conversion import acdc, lists
 from dataset_conversion.common import Options
-from nnunetv2_semisup.data.images import same_geometry
+from nnunetv2_semisup.datasets.images import same_geometry
 
 TRAIN = ["patient099", "patient074", "patient050", "patient076", "patient021"]
 VAL, TEST = ["patient028"], ["patient011", "patient013"]

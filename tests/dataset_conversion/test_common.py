@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dataset_conversion import common, lists
 from dataset_conversion.common import Case, Options, Recipe
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
-from nnunetv2_semisup.data.images import read_image
+from nnunetv2_semisup.datasets.images import read_image
 from nnunetv2_semisup.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:One patient only")

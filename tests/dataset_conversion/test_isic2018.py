@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import make_configuration, make_plans
 from conversion_helpers import names, refuse, verify
+from helpers import make_configuration, make_plans
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from skimage import io

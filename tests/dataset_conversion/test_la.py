@@ -29,7 +29,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from dataset_conversion import common, la, lists
-from nnunetv2_semisup.data.images import same_geometry
+from nnunetv2_semisup.datasets.images import same_geometry
 from nnunetv2_semisup.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.evaluation import against_medpy
+from tools import against_medpy
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import architecture
+from helpers import architecture
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_semisup.network import taps

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch
+from helpers import make_batch
 
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch
+from helpers import make_batch
 from test_action import build, state, step_losses
 
 from nnunetv2_semisup.errors import InputError

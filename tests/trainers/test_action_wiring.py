@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch
+from helpers import make_batch
 from test_action import NAME, NAMES, PROGRESS, STILL, build, state, step_losses
 
 from nnunetv2_semisup.losses import anatomical

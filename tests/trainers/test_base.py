@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch
+from helpers import make_batch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -339,7 +339,7 @@ def test_two_runs_with_a_seed_are_equal(tiny):
 
 
 def test_fewer_than_five_cases_get_folds(datasets, use, tmp_path):
-    from conftest import LABELS, make_dataset
+    from helpers import LABELS, make_dataset
 
     dataset = use(make_dataset(tmp_path / "few", LABELS["2 classes"], labelled=2, unlabelled=1))
     trainer = dataset.trainer(NAME, fold=0)
@@ -351,7 +351,7 @@ def test_fewer_than_five_cases_get_folds(datasets, use, tmp_path):
 
 
 def test_a_fold_may_name_its_unlabelled_cases(use, tmp_path):
-    from conftest import LABELS, make_dataset
+    from helpers import LABELS, make_dataset
 
     dataset = use(make_dataset(tmp_path / "own", LABELS["2 classes"], labelled=2, unlabelled=3))
     split = [{"train": ["lab0"], "val": ["lab1"], "unlabeled": ["unl2"]}]

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_batch
+from helpers import make_batch
 
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.trainers import crossmatch

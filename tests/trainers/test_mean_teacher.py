@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_batch
+from helpers import make_batch
 
 from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.network import taps

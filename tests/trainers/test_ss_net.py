@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch
+from helpers import make_batch
 from test_distributed import spawn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from nnunetv2_semisup.distributed import broadcast_state
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.trainers import ss_net
+from nnunetv2_semisup.training.distributed import broadcast_state
 
 NAME = "nnUNetTrainerSSNet"
 TERMS = ["separation_unlabelled", "smoothness_unlabelled", "smoothness_labelled", "separation_labelled", "supervised"]

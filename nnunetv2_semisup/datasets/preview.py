@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from nnunetv2_semisup.files import whole_file
 
 COLOURS = ("#ff3b30", "#34c759", "#0a84ff", "#ffd60a", "#ff2d95", "#64d2ff")
 # Of an array (z, y, x) of an image with axes to the left, posterior, superior: axis that the plane lies across, whether
@@ -51,9 +52,8 @@ def save_preview(image: sitk.Image, label: sitk.Image | None, path: Path, title:
             axes.text(*place, letter, transform=axes.transAxes, color="yellow", fontsize=11, weight="bold")
         axes.set_title(name, fontsize=8)
         axes.set_axis_off()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _planes(image: sitk.Image, label: sitk.Image | None) -> list[tuple]:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_semisup import cli
-from nnunetv2_semisup.data import hide_labels as module
 from nnunetv2_semisup.data.folders import find_unlabeled_cases
-from nnunetv2_semisup.data.hide_labels import choose_stratified, hide_labels
+from nnunetv2_semisup.datasets import hide_labels as module
+from nnunetv2_semisup.datasets.hide_labels import choose_stratified, hide_labels
 from nnunetv2_semisup.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:One patient only")

@@ -18,9 +18,9 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 
 from nnunetv2_semisup.data.checks import check_label, require_finite, require_whole_nifti
 from nnunetv2_semisup.data.folders import PATIENTS, RAW_FOLDER, files_per_case, labelled_cases, read_dataset_json
-from nnunetv2_semisup.data.images import last_line
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.data.raw import find_dataset, link_or_copy, new_dataset_path, whole_folder, write_splits
+from nnunetv2_semisup.datasets.images import last_line
+from nnunetv2_semisup.datasets.raw import find_dataset, link_or_copy, new_dataset_path, whole_folder, write_splits
 from nnunetv2_semisup.errors import InputError
 
 RECORD = "hidden_labels.json"

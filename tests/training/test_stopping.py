@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from nnunetv2_semisup.stopping import StopRequest
+from nnunetv2_semisup.training.stopping import StopRequest
 
 
 @pytest.fixture

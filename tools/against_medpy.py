@@ -1,6 +1,6 @@
 """Our metrics beside MedPy's: the table of docs/evaluation.md, and the time both take.
 
-    python -m nnunetv2_semisup.evaluation.against_medpy
+    python -m tools.against_medpy
 
 MedPy is needed for this comparison only: pip install medpy.
 """

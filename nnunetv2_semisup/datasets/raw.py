@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -12,35 +11,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nnunetv2_semisup import files
 from nnunetv2_semisup.data.folders import RAW_FOLDER
 from nnunetv2_semisup.data.splits import make_splits
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import PREPROCESSED, RAW, RESULTS, nnunet_folder, write_json
 
 SUBFOLDERS = ("imagesTr", "labelsTr", RAW_FOLDER, "imagesTs", "labelsTs")
-RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"  # environment variables
-
-
-def raw_folder() -> Path:
-    """``$nnUNet_raw``, checked."""
-    if not os.environ.get(RAW):
-        raise InputError(f"{RAW} is not set; run: export {RAW}=FOLDER")
-    raw = Path(os.environ[RAW]).absolute()
-    if not raw.is_dir():
-        raise InputError(f"{RAW} is {raw}, which is no folder; create it or correct the variable")
-    return raw
 
 
 def find_dataset(dataset: str) -> Path:
-    """The folder of a dataset given by id ("4") or name ("Dataset004_Hippocampus")."""
-    raw = raw_folder()
-    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdecimal() else dataset
-    found = [folder for folder in sorted(raw.iterdir()) if folder.is_dir() and folder.match(pattern)]
-    if len(found) != 1:
-        what = "no dataset" if not found else f"{len(found)} datasets ({', '.join(folder.name for folder in found)})"
-        raise InputError(f"-d {dataset}: {what} in {raw}; give the id or the full name of one that is there")
-    if not (found[0] / "dataset.json").is_file():
-        raise InputError(f"{found[0]} has no dataset.json; complete it as nnU-Net's dataset format describes")
-    return found[0]
+    """The folder in ``nnUNet_raw`` of a dataset given by id ("4") or name ("Dataset004_Hippocampus")."""
+    folder = files.find_dataset(dataset, RAW, "give the id or the full name of one that is there")
+    if not (folder / "dataset.json").is_file():
+        raise InputError(f"{folder} has no dataset.json; complete it as nnU-Net's dataset format describes")
+    return folder
 
 
 def new_dataset_path(dataset_id: int, name: str, option: str = "-d") -> Path:
@@ -53,7 +38,7 @@ def new_dataset_path(dataset_id: int, name: str, option: str = "-d") -> Path:
         raise InputError(f"{option} {dataset_id}: a dataset ID must be 1 to 999")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise InputError(f"--name {name!r}: only letters, digits, '_' and '-' can be used")
-    raw = raw_folder()
+    raw = nnunet_folder(RAW)
     places = [Path(os.environ[key]) for key in (RAW, PREPROCESSED, RESULTS) if os.environ.get(key)]
     taken = [str(path) for place in places for path in sorted(place.glob(f"Dataset{dataset_id:03d}*"))]
     if taken:
@@ -140,4 +125,4 @@ def write_splits(folder: Path, labelled: Sequence[str], groups: dict[str, str] |
         groups: case to patient; cases of one patient stay on one side. Without it each case is its own patient.
     """
     splits = make_splits(sorted(labelled), groups)
-    (folder / "splits_final.json").write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
+    write_json(folder / "splits_final.json", splits, indent=4)

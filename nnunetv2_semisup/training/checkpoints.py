@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import whole_file
 
 KEY = "semisup"
 
 
 def write(checkpoint: dict[str, Any], filename: str) -> None:
     """Write so that a reader finds either the old file or the whole new one."""
-    temporary = f"{filename}.tmp"
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, filename)
+    with whole_file(Path(filename), only_writer=True) as temporary:
+        torch.save(checkpoint, temporary)
 
 
 def read_own_part(filename: str, trainer: str) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 from collections import defaultdict
 from pathlib import Path
+
+from nnunetv2_semisup import files
 
 # Okabe & Ito's colours: distinguishable with the common forms of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -41,13 +41,7 @@ class TrainingLog:
     def write_csv(self, file: Path) -> None:
         """Write all rows; a key that a row lacks (a term of another stage) is an empty cell."""
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        temporary = file.with_suffix(".csv.tmp")
-        with open(temporary, "w", encoding="utf-8", newline="") as f:
-            writer = csv.DictWriter(f, columns)
-            writer.writeheader()
-            for row in self.rows:
-                writer.writerow({k: f"{v:.6g}" for k, v in row.items()})
-        os.replace(temporary, file)
+        files.write_csv(file, columns, ({k: f"{v:.6g}" for k, v in row.items()} for row in self.rows))
 
     def draw(self, file: Path) -> None:
         """One panel per kind of value: losses, weights, shares in [0, 1], and the gradient's norm."""
@@ -58,7 +52,6 @@ class TrainingLog:
         panels = {title: keys for title, prefix in prefixes.items() if (keys := self._columns(prefix))}
         if not panels:  # every step so far overflowed
             return
-        temporary = file.with_suffix(".tmp.png")
         with style.context("default"):  # nnU-Net's plot leaves seaborn's settings, with letters 2.5 times as large
             figure = Figure(figsize=(8, 2.3 * len(panels)), layout="constrained")
             axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
@@ -73,8 +66,8 @@ class TrainingLog:
                 axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
             axes[-1].set_xlabel("epoch")
             axes[-1].xaxis.get_major_locator().set_params(integer=True)
-            figure.savefig(temporary, dpi=120)
-        os.replace(temporary, file)
+            with files.whole_file(file) as temporary:
+                figure.savefig(temporary, dpi=120, format="png")
 
     def _columns(self, prefix: str) -> list[str]:
         return list(dict.fromkeys(key for row in self.rows for key in row if key.startswith(prefix)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2_semisup.teacher import MovingAverage, Teacher
+from nnunetv2_semisup.network.teacher import MovingAverage, Teacher
 
 
 class Network(nn.Module):

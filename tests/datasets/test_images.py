@@ -12,9 +12,10 @@ import pytest
 import SimpleITK as sitk
 from dicom_series import make_ct, rotation, write_series
 
-from nnunetv2_semisup.data import checks, images
+from nnunetv2_semisup.data import checks
 from nnunetv2_semisup.data.checks import Facts
-from nnunetv2_semisup.data.preview import save_preview
+from nnunetv2_semisup.datasets import images
+from nnunetv2_semisup.datasets.preview import save_preview
 from nnunetv2_semisup.errors import InputError
 
 PATH, IMAGE = Path("label0001.nii.gz"), Path("image0001.nii.gz")

@@ -1,6 +1,6 @@
 """How long our signed distance maps take beside the plain way, two distance transforms of the whole patch.
 
-python -m nnunetv2_semisup.data.sdm_speed
+python -m tools.sdm_speed
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from dicom_series import make_ct, write_series
 from filelock import FileLock
 
 from nnunetv2_semisup import cli
-from nnunetv2_semisup.data.add_unlabeled import add_unlabeled
 from nnunetv2_semisup.data.folders import find_unlabeled_cases
+from nnunetv2_semisup.datasets.add_unlabeled import add_unlabeled
 from nnunetv2_semisup.errors import InputError
 
 
@@ -186,7 +186,7 @@ def test_grey_photographs(nnunet_raw, tmp_path):
 
 
 def test_a_failing_case_leaves_no_half_case(dataset, tmp_path, monkeypatch):
-    from nnunetv2_semisup.data import images
+    from nnunetv2_semisup.datasets import images
 
     for name in ("x", "y"):
         write(tmp_path / "new" / f"{name}.nrrd", make_ct(ord(name)))

@@ -15,20 +15,20 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_semisup.data import checks, images
+from nnunetv2_semisup.data import checks
 from nnunetv2_semisup.data.folders import (
     RAW_FOLDER,
     channel_count,
     find_unlabeled_cases,
     labelled_cases,
     read_dataset_json,
-    read_json,
-    write_json,
 )
-from nnunetv2_semisup.data.incoming import PHOTOGRAPHS, Incoming, find_incoming, other_kinds, present_cases
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.data.raw import find_dataset, locked
+from nnunetv2_semisup.datasets import images
+from nnunetv2_semisup.datasets.incoming import PHOTOGRAPHS, Incoming, find_incoming, other_kinds, present_cases
+from nnunetv2_semisup.datasets.raw import find_dataset, locked
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import listed, read_json, write_json
 
 RECORD = "added_unlabeled.json"  # in the dataset's folder: case -> source and hash
 WORK = ".tmp_unlabeled"  # there too, while images are written
@@ -133,7 +133,7 @@ def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, previews: int, 
         both = [f"{case} = {hashes[name][digest]}" for digest, case in here.items() if digest in hashes[name]]
         if both:
             warnings.append(
-                f"{len(both)} of them are {kind} images of {name} ({_names(both, 1000)}): training sees them, so "
+                f"{len(both)} of them are {kind} images of {name} ({listed(both, 1000)}): training sees them, so "
                 f"results on them are transductive and must be reported as such"
             )
 
@@ -144,7 +144,7 @@ def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, previews: int, 
     done = "would be brought in (dry run)" if dry_run else "brought in"
     lines = [f"{raw / RAW_FOLDER}: {len(new)} cases {done}"]
     if skipped:
-        lines.append(f"  left out, there already with the same content: {_names(skipped)}")
+        lines.append(f"  left out, there already with the same content: {listed(skipped)}")
     if others:
         lines.append(f"  note: {other_kinds(others)}")
     return "\n".join([*lines, *(f"  WARNING: {text}" for text in warnings)])
@@ -211,23 +211,23 @@ def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reori
     wrong = [fact.case for fact in new if fact.channels != channels]
     if wrong:
         raise InputError(
-            f"{_names(wrong)}: not {channels} channels, which dataset.json declares; remove or complete them"
+            f"{listed(wrong)}: not {channels} channels, which dataset.json declares; remove or complete them"
         )
     usual = {fact.orientation for fact in labelled}
     turned = [f"{fact.case} ({fact.orientation})" for fact in new if usual and fact.orientation not in usual]
     if turned and reorient and len(usual) > 1:
         raise InputError(
-            f"--reorient: the labelled images have several orientations themselves ({_names(sorted(usual))})"
+            f"--reorient: the labelled images have several orientations themselves ({listed(sorted(usual))})"
         )
     if turned and not reorient:
         raise InputError(
-            f"{_names(turned)}: the axes point elsewhere than in the labelled images ({_names(sorted(usual))}) and "
+            f"{listed(turned)}: the axes point elsewhere than in the labelled images ({listed(sorted(usual))}) and "
             f"nnU-Net does not turn images; --reorient turns them without loss"
         )
     few = [str(fact.file) for fact in new if fact.like_label]
     if few and not any(fact.like_label for fact in labelled):
         raise InputError(
-            f"{_names(few, 3)}: labels? Fewer than 10 different values, all of them whole numbers, unlike the labelled "
+            f"{listed(few, 3)}: labels? Fewer than 10 different values, all of them whole numbers, unlike the labelled "
             f"images; move them away. Should they be images, put them into {RAW_FOLDER} by hand"
         )
     if not labelled or not new or len({len(fact.spacing) for fact in (*labelled, *new)}) > 1:
@@ -235,11 +235,7 @@ def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reori
     spacings = np.sort([fact.spacing for fact in labelled], axis=1)  # the order of the axes may differ
     low, high = spacings.min(axis=0) / 2, spacings.max(axis=0) * 2
     far = [fact.case for fact in new if ((np.sort(fact.spacing) < low) | (np.sort(fact.spacing) > high)).any()]
-    return [f"spacing below half or above twice that of the labelled images: {_names(far)}"] if far else []
-
-
-def _names(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return [f"spacing below half or above twice that of the labelled images: {listed(far)}"] if far else []
 
 
 # --------------------------------------------------------------------------------------------------------- bringing
@@ -300,7 +296,7 @@ def _save_previews(raw: Path, new: Sequence[Incoming], ending: str, number: int)
     """Pictures of some new cases, as they are in ``imagesUn``, first channel."""
     if not number:
         return
-    from nnunetv2_semisup.data.preview import save_preview
+    from nnunetv2_semisup.datasets.preview import save_preview
 
     (raw / PREVIEWS).mkdir(exist_ok=True)
     for index in sorted(set(np.linspace(0, len(new) - 1, number).astype(int))):

@@ -16,7 +16,7 @@ from time import time
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_semisup import demo_data
+from nnunetv2_semisup.demo import data
 from nnunetv2_semisup.errors import InputError
 
 DATASET = "Dataset990_Demo"
@@ -99,7 +99,7 @@ def make_dataset(raw: Path) -> None:
         list(pool.map(_write_case, *zip(*jobs, strict=True)))
     content = {
         "channel_names": {"0": "MRI"},
-        "labels": demo_data.LABELS,
+        "labels": data.LABELS,
         "numTraining": CASES["imagesTr"],
         "file_ending": ".nii.gz",
     }
@@ -156,12 +156,12 @@ def draw_overlay(file: Path, raw: Path, models: dict[str, Path]) -> None:
 
 
 def _write_case(seed: int, images: Path, labels: Path | None) -> None:
-    image, label = demo_data.make_case(seed)
+    image, label = data.make_case(seed)
     name = f"{images.name[-2:].lower()}{seed:03d}"
     for array, file in ((image, images / f"{name}_0000.nii.gz"), (label, labels and labels / f"{name}.nii.gz")):
         if file is not None:
             volume = sitk.GetImageFromArray(array)
-            volume.SetSpacing(demo_data.SPACING_MM)
+            volume.SetSpacing(data.SPACING_MM)
             sitk.WriteImage(volume, str(file))
 
 

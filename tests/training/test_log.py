@@ -3,7 +3,7 @@ import csv
 import pytest
 from PIL import Image
 
-from nnunetv2_semisup.training_log import TrainingLog
+from nnunetv2_semisup.training.log import TrainingLog
 
 
 def test_means_columns_and_repeated_epochs(tmp_path):

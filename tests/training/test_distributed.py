@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch
+from helpers import make_batch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from nnunetv2_semisup.distributed import average_gradients, broadcast_state, gather_rows
+from nnunetv2_semisup.training.distributed import average_gradients, broadcast_state, gather_rows
 
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
 SETTINGS = {"noise_std": 0.0, "consistency_weight": 1.0}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-from nnunetv2_semisup.learning_rate import RestartingPolyLR
+from nnunetv2_semisup.training.learning_rate import RestartingPolyLR
 
 
 def optimizer():

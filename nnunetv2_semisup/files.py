@@ -1,0 +1,112 @@
+"""Files and folders for every part of the package: write whole or not at all, read with a remedy, find a data set."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_semisup.errors import InputError
+
+RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
+
+
+@contextlib.contextmanager
+def whole_file(file: Path, only_writer: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``file``, renamed to ``file`` when the block ends without an error, else removed.
+
+    A reader finds either the old file or the whole new one. What a killed process leaves is hidden and ends with
+    ``.tmp``; with ``only_writer`` the next writer of ``file`` overwrites it: for large files that one process writes.
+    """
+    number = "" if only_writer else f".{os.getpid()}"
+    temporary = file.with_name(f".{file.name}{number}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with whole_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: dict | list, indent: int = 1) -> None:
+    """Write ``content`` as JSON, whole or not at all."""
+    write_text(file, json.dumps(content, indent=indent) + "\n")
+
+
+def read_json(file: Path, remedy: str) -> Any:
+    """Content of ``file``; an InputError that names it and ends with ``remedy`` if it is missing or damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file} does not exist: {remedy}") from error
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error}): {remedy}") from error
+
+
+def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
+    """Write ``rows`` under a header, whole or not at all; what a row lacks is an empty cell."""
+    with whole_file(file) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """``A, B, C and 7 more``: the first ``most`` of ``names`` and how many are left."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def nnunet_folder(variable: str) -> Path:
+    """The folder that nnU-Net's ``variable`` names.
+
+    Raises:
+        InputError: it is not set, or no folder is there.
+    """
+    if not os.environ.get(variable):
+        raise InputError(f"{variable} is not set: export {variable}=FOLDER, as nnU-Net needs it too")
+    folder = Path(os.environ[variable]).absolute()
+    if not folder.is_dir():
+        raise InputError(f"{variable} is {folder}, which is not a folder: create it or correct the variable")
+    return folder
+
+
+def find_dataset(dataset: str, variable: str, remedy: str) -> Path:
+    """The one folder in ``variable``'s folder that ``dataset`` means: an id ("508") or a full name.
+
+    Raises:
+        InputError: none or several; ``remedy`` says what to do when there is none.
+    """
+    root = nnunet_folder(variable)
+    if dataset.isdigit():
+        found = [f for f in sorted(root.glob(f"Dataset{int(dataset):03d}_*")) if f.is_dir()]
+    else:
+        found = [root / dataset] if (root / dataset).is_dir() else []
+    if len(found) != 1:
+        what = "no dataset" if not found else f"{len(found)} datasets ({listed([f.name for f in found])})"
+        raise InputError(f"-d {dataset}: {what} in {root}: {remedy if not found else 'give the full name'}")
+    return found[0]
