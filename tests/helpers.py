@@ -12,6 +12,8 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import distributed as dist
+from torch import multiprocessing as mp
 
 from nnunetv2_semisup import trainers
 
@@ -210,8 +212,22 @@ def make_batch(trainer, seed: int = 0) -> dict:
     drawn = (trainer._unlabeled_batch_size(), *size[1:])
     labelled = {"data": torch.randn(size, generator=generator), "target": targets, "keys": keys}
     transform = trainer.method.labelled_transform()
-    return {
-        **labelled,
-        **({} if transform is None else transform(labelled)),
-        "unlabelled": {"data": torch.randn(drawn, generator=generator), "keys": [f"ucase{i}" for i in range(drawn[0])]},
-    }
+    unlabelled = {"data": torch.randn(drawn, generator=generator), "keys": [f"ucase{i}" for i in range(drawn[0])]}
+    if trainer.method.wants_partners:
+        unlabelled["partners"] = torch.randn(drawn, generator=generator)
+    return {**labelled, **({} if transform is None else transform(labelled)), "unlabelled": unlabelled}
+
+
+def run_rank(rank: int, world: int, folder: str, task, *args) -> None:
+    """``task(rank, folder, *args)`` in a gloo process group."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    try:
+        task(rank, Path(folder), *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(tmp_path, task, *args) -> None:
+    """Run ``task`` in two processes of one group."""
+    mp.spawn(run_rank, args=(2, str(tmp_path), task, *args), nprocs=2)

@@ -28,7 +28,7 @@ class OnlyImages(dict):
     """An unlabelled batch that fails the test when anything but images and ids is asked for."""
 
     def __getitem__(self, key):
-        assert key in ("data", "keys"), f"a method asked the unlabelled batch for {key!r}"
+        assert key in ("data", "partners", "keys"), f"a method asked the unlabelled batch for {key!r}"
         return super().__getitem__(key)
 
     def get(self, key, default=None):

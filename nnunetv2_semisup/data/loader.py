@@ -83,6 +83,7 @@ class TwoStreamLoader:
     Args:
         labelled: nnU-Net's own loader.
         unlabelled: ours.
+        partners: draw another unlabelled batch of the same size, for methods that mix patches with each other.
         labelled_transform: further tensors from an augmented labelled batch, or None; see ``SemiSupMethod``.
     """
 
@@ -90,10 +91,12 @@ class TwoStreamLoader:
         self,
         labelled: DataLoader,
         unlabelled: UnlabeledDataLoader,
+        partners: bool = False,
         labelled_transform: Callable[[dict], dict[str, Tensor]] | None = None,
     ):
         self.labelled = labelled
         self.unlabelled = unlabelled
+        self.partners = partners
         self.labelled_transform = labelled_transform
 
     def set_thread_id(self, thread_id: int) -> None:
@@ -105,7 +108,18 @@ class TwoStreamLoader:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        """Returns: the labelled batch with what the transform adds, and under "unlabelled" the other."""
+        """Returns: the labelled batch with what the transform adds, and under "unlabelled" the other.
+
+        The unlabelled batch has ``data`` and ``keys``, and with partners ``partners``, shaped as ``data``.
+        """
         labelled = next(self.labelled)
         added = {} if self.labelled_transform is None else self.labelled_transform(labelled)
-        return {**labelled, **added, "unlabelled": next(self.unlabelled)}
+        unlabelled = next(self.unlabelled)
+        if self.partners:
+            second = next(self.unlabelled)
+            unlabelled = {
+                "data": unlabelled["data"],
+                "partners": second["data"],
+                "keys": [*unlabelled["keys"], *second["keys"]],
+            }
+        return {**labelled, **added, "unlabelled": unlabelled}

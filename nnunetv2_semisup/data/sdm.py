@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnunetv2_semisup import labels
 from nnunetv2_semisup.evaluation.metrics import bounding_box
 
 
@@ -33,17 +34,14 @@ class SignedDistanceMaps:
 
     def __call__(self, batch: dict) -> dict[str, Tensor]:
         """``batch["target"]`` as nnU-Net's loader gives it -> ``sdm`` (B, classes, X, Y, Z) float32, 2D drops Z."""
-        target = batch["target"]
-        target = (target[0] if isinstance(target, list) else target).numpy()
-        maps = np.empty((len(target), self.classes, *target.shape[2:]), np.float32)
-        for sample, labels in zip(maps, target, strict=True):
-            ignored = None
-            if self.ignore_label is not None:
-                ignored = labels[-1].astype(bool) if self.has_regions else labels[0] == self.ignore_label
-            for index in range(self.classes):
-                mask = labels[index].astype(bool) if self.has_regions else labels[0] == index + 1
-                sample[index] = signed_distance_map(
-                    mask, self.spacing_mm, ignored, self.norm, self.empty, self.truncation_mm
+        of_task = (batch["target"], self.has_regions, self.ignore_label)
+        classes = range(self.classes) if self.has_regions else range(1, self.classes + 1)
+        masks, ignored = labels.class_masks(*of_task, classes).numpy(), ~labels.known_voxels(*of_task).numpy()
+        maps = np.empty(masks.shape, np.float32)
+        for sample, patch, unknown in zip(maps, masks, ignored, strict=True):
+            for one, mask in zip(sample, patch, strict=True):
+                one[...] = signed_distance_map(
+                    mask, self.spacing_mm, unknown, self.norm, self.empty, self.truncation_mm
                 )
         return {"sdm": torch.from_numpy(maps)}
 

@@ -42,10 +42,19 @@ def decode_levels(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | lis
     return _compiled(_decode_levels)(network, skips) if _is_compiled(network) else _decode_levels(network, skips)
 
 
+def full_resolution(output: Tensor | list[Tensor]) -> Tensor:
+    """The full-resolution logits (B, heads, X, Y, Z) of a network's output, under deep supervision the first of it."""
+    return output[0] if isinstance(output, list) else output
+
+
+def logits_of(network: nn.Module, skips: list[Tensor]) -> Tensor:
+    """Full-resolution logits (B, heads, X, Y, Z) from skips, whether deep supervision is on or not."""
+    return full_resolution(decode(network, skips)[0])
+
+
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """Full-resolution logits (B, heads, X, Y, Z) of ``images``, whether deep supervision is on or not."""
-    output, _ = decode(network, encode(network, images))
-    return output[0] if isinstance(output, list) else output
+    return logits_of(network, encode(network, images))
 
 
 def feature_channels(network: nn.Module) -> int:

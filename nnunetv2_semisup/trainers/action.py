@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_semisup.labels import class_indices, disjoint_classes
 from nnunetv2_semisup.losses.anatomical import anatomical_contrast, draw_voxels
 from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, confidence_weighted_cross_entropy, mix, pseudo_label
@@ -123,7 +124,7 @@ class Voxels(NamedTuple):
     hard: Tensor
 
 
-class ACTION(SemiSupMethod):
+class ACTION(SemiSupMethod[ACTIONSettings]):
     """Three stages, a function of the epoch; teacher and student are compared on all patches.
 
     ===== ============================================================ =======================================
@@ -145,8 +146,6 @@ class ACTION(SemiSupMethod):
         self.bounds = stage_bounds(s.stage_fractions, s.num_epochs)
         if s.lr_restart:
             self.learning_rate_starts = tuple(sorted(set(self.bounds[:-1])))
-        if s.mix != "none" and any(self.stage_weights(3).values()):
-            self.mixes_patches_by = f"mix = {s.mix}"
         self.first_supervised_epoch = 0 if s.stage1_supervised else self.bounds[1]
         self.classes = task.num_heads + task.has_regions  # of the contrast: with regions they have no background
         self.window_edges = window_edges(task.patch_size)
@@ -173,9 +172,13 @@ class ACTION(SemiSupMethod):
                 "local": Queue(random_unit_rows(s.queue_size, kept, width, dtype=torch.float16)),
             }
         )
-        self._stage = 0  # the last one that was entered
         self._to_queue: dict[str, list[Tensor]] = {}
-        self._diagnostics: dict[str, Tensor] = {}
+
+    def unfit_batch(self, labelled: int, unlabelled: int) -> str | None:
+        if unlabelled >= 2 or self.settings.mix == "none" or not any(self.stage_weights(3).values()):
+            return None
+        mix = self.settings.mix
+        return f"mix = {mix} needs 2 unlabelled patches per GPU: raise unlabeled_batch_size, or set mix to none"
 
     # --------------------------------------------------------------------------------------------------------- stages
 
@@ -195,10 +198,7 @@ class ACTION(SemiSupMethod):
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         stage = self.stage(progress)
-        if stage == 3 and self._stage < 3:
-            self._reset_teacher(network)
-        self._stage = stage
-        self._to_queue, self._diagnostics = {}, {}
+        self._to_queue = {}
         if not any(self.stage_weights(stage).values()):
             yield self.supervised(network, labelled)
         elif stage == 3:
@@ -208,12 +208,9 @@ class ACTION(SemiSupMethod):
             yield self._pre_training(network, unlabelled["data"], 1 - share, "unlabelled", progress)
             yield self._pre_training(network, labelled["data"], share, "labelled", progress, labelled["target"])
 
-    def get_extra_state(self) -> Tensor:
-        """The last stage entered, so that a resumed run resets the teacher neither twice nor never."""
-        return torch.tensor(self._stage)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self._stage = int(state)
+    def enter_stage(self, network: nn.Module, stage: int) -> None:
+        if stage == 3:
+            self._reset_teacher(network)
 
     def reset(self, network: nn.Module) -> None:
         self._reset_teacher(network)
@@ -223,9 +220,6 @@ class ACTION(SemiSupMethod):
         self.teacher_projectors.update_parameters(self.projectors)
         for name, rows in self._to_queue.items():
             self.queues[name].push(gather_rows(torch.cat(rows)))
-
-    def diagnostics(self) -> dict[str, Tensor]:
-        return self._diagnostics
 
     def _reset_teacher(self, network: nn.Module) -> None:
         self.teacher.reset(network)
@@ -255,7 +249,8 @@ class ACTION(SemiSupMethod):
             teacher = self._embeddings(weights, skips[-1], logits, self.teacher_projectors.module)
         skips = taps.encode(network, for_student)
         output = taps.decode(network, skips)[0] if "local" in weights or supervised else None
-        student = self._embeddings(weights, skips[-1], _full_resolution(output), self.projectors, self.predictors)
+        logits = None if output is None else taps.full_resolution(output)
+        student = self._embeddings(weights, skips[-1], logits, self.projectors, self.predictors)
 
         terms: Group = {}
         for name, weight in weights.items():
@@ -266,7 +261,7 @@ class ACTION(SemiSupMethod):
             # Against the random rows that a queue starts with, the first gradients would be by far the largest, and
             # nnU-Net's momentum would keep them for a hundred steps.
             terms[f"{name}_{stream}"] = (weight, value * self.queues[name].is_full())
-            self._diagnostics[f"share_same_nearest_{name}_{stream}"] = alike
+            self.diagnostics[f"share_same_nearest_{name}_{stream}"] = alike
             self._to_queue.setdefault(name, []).append(self._kept_windows(name, teacher[name]))
         if supervised:
             terms["supervised"] = (1.0, self.task.supervised_loss(output, target))
@@ -314,19 +309,19 @@ class ACTION(SemiSupMethod):
             label = pseudo_label(taps.logits(self.teacher.module, images), regions)
             mixed, label = self._mixed(images, label)
             mixed = self._strong_view(mixed)
-            labelled_classes = self._labelled_classes(labelled["target"])
+            labelled_classes = class_indices(labelled["target"], regions, self.task.ignore_label)
             reference = self._reference(labelled["data"], labelled_classes)  # before the student's graphs fill memory
         output, levels = taps.decode_levels(network, taps.encode(network, labelled["data"]))
         mixed_output, mixed_levels = taps.decode_levels(network, taps.encode(network, mixed))
         terms: Group = {}
         if s.w_unsup:
-            logits = _full_resolution(mixed_output)
+            logits = taps.full_resolution(mixed_output)
             value, confident = confidence_weighted_cross_entropy(logits, label, s.confident, regions)
             terms["pseudo_label"] = (s.w_unsup, value)
-            self._diagnostics["share_confident"] = confident.mean()
+            self.diagnostics["share_confident"] = confident.mean()
         contrasted = {k: w for k, w in self.stage_weights(3).items() if w > 0 and k != "pseudo_label"}
         if contrasted:
-            logits = torch.cat((_full_resolution(output), _full_resolution(mixed_output))).detach()
+            logits = torch.cat((taps.full_resolution(output), taps.full_resolution(mixed_output))).detach()
             classes = torch.cat((labelled_classes, self._pseudo_classes(label)))
             voxels = self._voxels(levels, mixed_levels, classes, logits)
             values = self._contrasts(voxels, reference, contrasted, progress)
@@ -349,17 +344,6 @@ class ACTION(SemiSupMethod):
             replaced = draw_class_masks(classes[:, None], self.classes)
         partner = PseudoLabel(*(part.roll(-1, 0) for part in label))
         return torch.where(replaced, images.roll(-1, 0), images), mix(partner, label, replaced)
-
-    def _labelled_classes(self, target: Tensor | list[Tensor]) -> Tensor:
-        """(B, X, Y, Z) int64 classes of the full-resolution target, -1 where nothing is labelled."""
-        target, ignore = target[0] if isinstance(target, list) else target, self.task.ignore_label
-        if not self.task.has_regions:
-            classes = target[:, 0].long()
-            return classes if ignore is None else torch.where(classes == ignore, -1, classes)
-        regions = target.bool()
-        if ignore is None:
-            return disjoint_classes(regions)
-        return torch.where(regions[:, -1], -1, disjoint_classes(regions[:, :-1]))  # nnU-Net's last channel
 
     def _pseudo_classes(self, label: PseudoLabel) -> Tensor:
         """(B, X, Y, Z) int64 classes of a pseudo-label, -1 where it is not confident enough to be contrasted."""
@@ -401,16 +385,10 @@ class ACTION(SemiSupMethod):
             candidates = head.rows(voxels.features, pool)
             means = head.class_means(voxels.features, voxels.members)
         queries = head.rows(voxels.features, chosen)
-        self._diagnostics["share_hard"] = voxels.hard.sum() / voxels.members.sum().clamp(min=1)
-        self._diagnostics["share_of_classes_present"] = present.float().mean()
+        self.diagnostics["share_hard"] = voxels.hard.sum() / voxels.members.sum().clamp(min=1)
+        self.diagnostics["share_of_classes_present"] = present.float().mean()
         tau = self.contrast_temperature(progress)
         return anatomical_contrast(queries, has_queries, means, candidates, present, tau, s.negatives, s.tau_classes)
-
-
-def disjoint_classes(regions: Tensor) -> Tensor:
-    """(B, R, X, Y, Z) bool to (B, X, Y, Z) int64 in [0, R]: 1 + the last region a voxel is in, as nnU-Net resolves."""
-    numbers = torch.arange(1, regions.shape[1] + 1, device=regions.device)
-    return (regions * numbers.reshape(-1, *[1] * (regions.ndim - 2))).amax(1)
 
 
 def class_probabilities(p: Tensor, regions: bool) -> Tensor:
@@ -427,10 +405,6 @@ def class_probabilities(p: Tensor, regions: bool) -> Tensor:
 
 def thinned(head: RepresentationHead, levels: list[Tensor]) -> list[Tensor]:
     return [head.thin(levels[0]), *levels[1:]]
-
-
-def _full_resolution(output: Tensor | list[Tensor] | None) -> Tensor | None:
-    return output[0] if isinstance(output, list) else output
 
 
 class nnUNetTrainerACTION(nnUNetTrainerSemiSup):

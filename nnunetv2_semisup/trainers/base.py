@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
-import os
 import sys
 from pathlib import Path
 from time import time
@@ -18,15 +16,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from torch import Tensor, autocast, nn
+from torch import autocast, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from nnunetv2_semisup import __version__, files
 from nnunetv2_semisup import settings as settings_module
@@ -35,13 +30,14 @@ from nnunetv2_semisup.errors import InputError, TrainingFailed
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.settings import SemiSupSettings
 from nnunetv2_semisup.trainers.method import SemiSupMethod, TaskInfo
-from nnunetv2_semisup.training import checkpoints
-from nnunetv2_semisup.training.distributed import average_gradients, broadcast_state, is_distributed
+from nnunetv2_semisup.training import checkpoints, streams
+from nnunetv2_semisup.training.distributed import broadcast_state, is_distributed
 from nnunetv2_semisup.training.learning_rate import RestartingPolyLR
 from nnunetv2_semisup.training.log import TrainingLog
+from nnunetv2_semisup.training.step import StepResult, back_propagate, finish_step
 from nnunetv2_semisup.training.stopping import StopRequest
+from nnunetv2_semisup.training.supervised import SupervisedLoss
 
-MAX_GRADIENT_NORM = 12  # nnU-Net's value
 MAX_OVERFLOWS_IN_A_ROW = 20  # a GradScaler that starts at 2^16 has passed every sensible scale by then
 
 
@@ -72,7 +68,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self._overflows_in_a_row = 0
         self._last_save = time()
         self._stop = StopRequest()
-        self._student_weights: dict[str, Tensor] | None = None
+        self._weights = checkpoints.NetworkWeights()
+        self._stage = 1  # the last one that the method entered
 
     # ---------------------------------------------------------------------------------------------------- set-up
 
@@ -102,13 +99,15 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             taps.compile_taps(self.bare_network)
             self.bare_network.compile()
         task = TaskInfo(
-            supervised_loss=lambda output, target: self.loss(output, target),
+            supervised_loss=SupervisedLoss(self.loss, self.label_manager.ignore_label, self.label_manager.has_regions),
             num_heads=self.label_manager.num_segmentation_heads,
             has_regions=self.label_manager.has_regions,
             ignore_label=self.label_manager.ignore_label,
             patch_size=tuple(self.configuration_manager.patch_size),
             spacing_mm=tuple(self.configuration_manager.spacing),
         )
+        if reason := self.method_class.unsupported(task, self.settings):
+            raise NotImplementedError(f"{self.base_name()}: {reason}")
         self.method = self.method_class(self.bare_network, task, self.settings).to(self.device)
         if self.method_parameters():
             self.optimizer.add_param_group({"params": self.method_parameters()})
@@ -178,64 +177,33 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         return cases
 
     def get_dataloaders(self):
-        with files.environment(
-            nnUNet_n_proc_DA="0"
-        ):  # stock builds its two loaders, transforms and all, without starting workers
+        # Stock builds its two loaders, transforms and all, without starting workers.
+        with files.environment(nnUNet_n_proc_DA="0"):
             train, val = (augmenter.data_loader for augmenter in super().get_dataloaders())
-        dims = slice(1, None) if train.patch_size_was_2d else slice(None)
-        unlabeled = loader.UnlabeledDataLoader(
-            loader.UnlabeledDataset(
-                folders.unlabeled_folder(
-                    self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier
-                ),
-                self.unlabeled_cases,
-            ),
+        folder = folders.unlabeled_folder(
+            self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier
+        )
+        both = streams.two_streams(
+            train,
+            loader.UnlabeledDataset(folder, self.unlabeled_cases),
             self._unlabeled_batch_size(),
-            train.patch_size[dims],
-            train.final_patch_size[dims],
             self.label_manager,
-            transforms=loader.geometric_part(train.transforms),
+            self.method.wants_partners,
+            self.method.labelled_transform(),
         )
         workers = get_allowed_n_proc_DA()
-        streams = loader.TwoStreamLoader(train, unlabeled, self.method.labelled_transform())
+        shared = {"seed": self._loader_seed, "pin_memory": self.device.type == "cuda"}
         return (
-            self._augmenter(streams, workers, max(6, workers // 2)),
-            self._augmenter(val, max(1, workers // 2) if workers else 0, max(3, workers // 4)),
+            streams.start_augmenter(both, workers, max(6, workers // 2), **shared),
+            streams.start_augmenter(val, max(1, workers // 2) if workers else 0, max(3, workers // 4), **shared),
         )
 
     def _unlabeled_batch_size(self) -> int:
-        """Patches that the unlabelled loader draws per step and process."""
+        """Unlabelled patches per step and process."""
         wanted = self.settings.unlabeled_batch_size
         if wanted is None:
-            wanted = self.batch_size
-        elif is_distributed():
-            wanted = max(1, wanted // dist.get_world_size())
-        return wanted * self.method.unlabelled_draws
-
-    def _augmenter(self, data_loader, workers: int, cached: int):
-        """nnU-Net's own augmenter around ``data_loader``, already running."""
-        if workers == 0:
-            return SingleThreadedAugmenter(data_loader, None)
-        seed = self._loader_seed
-        augmenter = NonDetMultiThreadedAugmenter(
-            data_loader,
-            None,
-            workers,
-            cached,
-            seeds=None if seed is None else [seed + i for i in range(workers)],
-            pin_memory=self.device.type == "cuda",
-            wait_time=0.002,
-        )
-        next(augmenter)
-        return augmenter
-
-    def _on_device(self, batch: dict) -> dict:
-        def move(value):
-            if isinstance(value, list):
-                return [move(v) for v in value]
-            return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        return {key: value if key == "keys" else move(value) for key, value in batch.items()}
+            return self.batch_size
+        return max(1, wanted // dist.get_world_size()) if is_distributed() else wanted
 
     # -------------------------------------------------------------------------------------------------------- training
 
@@ -251,18 +219,15 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self._save_and_leave()
         finally:
             self._stop.stop_listening()
-            self._end_workers()
+            streams.end_augmenters(self.dataloader_train, self.dataloader_val)
         if self._stop.wanted:
             sys.exit(self._stop.exit_code)
 
     def on_train_start(self):
         if not self.was_initialized:
             self.initialize()
-        if self.method.mixes_patches_by and self._unlabeled_batch_size() < 2:
-            raise InputError(
-                f"{self.method.mixes_patches_by} mixes unlabelled patches with each other, and there is one per GPU: "
-                f"set unlabeled_batch_size to 2 per GPU or more, or another value of this setting"
-            )
+        if reason := self.method.unfit_batch(self.batch_size, self._unlabeled_batch_size()):
+            raise InputError(f"{self.base_name()}: {reason}")
         self.unlabeled_cases = self._prepare_unlabeled_cases()
         if self._loader_seed is not None:
             torch.manual_seed(self._loader_seed)
@@ -286,72 +251,53 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self.training_log.start_epoch()
 
     def train_step(self, batch: dict) -> dict:
-        network = self.bare_network
-        unlabelled = self._on_device(batch["unlabelled"])
-        labelled = self._on_device({key: value for key, value in batch.items() if key != "unlabelled"})
+        labelled = streams.to_device(batch, self.device)
+        unlabelled = labelled.pop("unlabelled")
         self.optimizer.zero_grad(set_to_none=True)
-
-        weights, values = {}, {}
-        groups = self.method.losses(network, labelled, unlabelled, self.progress)
-        while True:
-            with self._autocast():
-                group = next(groups, None)
-            if group is None:
-                break
-            total = sum(weight * value for weight, value in group.values())
-            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
-            for name, (weight, value) in group.items():
-                weights[name], values[name] = weight, value.detach()
-
-        scalars, overflow = self._finish_step(network, values, batch)
+        self.method.diagnostics.clear()
+        self._enter_stage()
+        groups = self.method.losses(self.bare_network, labelled, unlabelled, self.progress)
+        weights, values = back_propagate(groups, self._autocast, self.grad_scaler)
+        result = finish_step(
+            weights,
+            values,
+            self.method.diagnostics,
+            self.bare_network.parameters(),
+            self.method_parameters(),
+            self.optimizer,
+            self.grad_scaler,
+            self._stop.wanted,
+        )
+        self._stop.agreed = result.stop
+        self._check_finite(result, batch)
+        if not result.overflow:
+            self.method.after_step(self.bare_network)
         self._steps_in_epoch += 1
-        total = sum(weight * scalars[f"loss_{name}"] for name, weight in weights.items())
-        # An overflow is counted; its infinities would spoil the epoch's means.
-        step = {} if overflow else {**scalars, "loss_total": total, **{f"weight_{n}": w for n, w in weights.items()}}
-        self.training_log.add({**step, "overflows": float(overflow)})
+        self._log_step(result)
         if self._stop.agreed:
             self._save_and_leave()
         # nnU-Net plots this beside the validation loss, so it is the supervised term where there is one.
-        return {"loss": np.float32(scalars.get("loss_supervised", total))}
+        return {"loss": np.float32(result.scalars.get("loss_supervised", result.total))}
 
-    def _finish_step(self, network: nn.Module, values: dict[str, Tensor], batch: dict) -> tuple[dict[str, float], bool]:
-        """Synchronise, clip, check, step. Returns the step's scalars by column of the log, and if it overflowed."""
-        parameters = [*network.parameters(), *self.method_parameters()]
-        flags = torch.full((1,), float(self._stop.wanted), device=self.device)
-        flags = torch.cat([flags, torch.stack([~torch.isfinite(v) for v in values.values()]).any()[None].float()])
-        flags = average_gradients(parameters, flags)
-        if self.grad_scaler is not None:
-            self.grad_scaler.unscale_(self.optimizer)
-        norm = clip_grad_norm_(network.parameters(), MAX_GRADIENT_NORM)
-        if self.method_parameters():
-            norm = norm + 0 * clip_grad_norm_(
-                self.method_parameters(), MAX_GRADIENT_NORM
-            )  # not finite if either is not
+    def _enter_stage(self) -> None:
+        stage = self.method.stage(self.progress)
+        while self._stage < stage:
+            self._stage += 1
+            self.method.enter_stage(self.bare_network, self._stage)
 
-        scalars = {**{f"loss_{n}": v for n, v in values.items()}, "gradient_norm": norm, **self.method.diagnostics()}
-        # The one transfer of the step from the device.
-        numbers = torch.stack([s.detach().float().reshape(()) for s in [*scalars.values(), *flags]]).tolist()
-        *numbers, stop, not_finite = numbers
-        named = dict(zip(scalars, numbers, strict=True))
-        overflow = bool(not_finite) or not math.isfinite(named["gradient_norm"])
-        self._stop.agreed = bool(stop)
-        self._handle_overflow(overflow, named, batch)
+    def _log_step(self, result: StepResult) -> None:
+        # An overflow is counted; its infinities would spoil the epoch's means.
+        step = {} if result.overflow else {**result.scalars, "loss_total": result.total}
+        if not result.overflow:
+            step |= {f"weight_{name}": weight for name, weight in result.weights.items()}
+        self.training_log.add({**step, "overflows": float(result.overflow)})
 
-        if self.grad_scaler is None:
-            self.optimizer.step()
-        else:
-            self.grad_scaler.step(self.optimizer)  # skips the step itself when a gradient overflowed
-            self.grad_scaler.update()
-        if not overflow:
-            self.method.after_step(network)
-        return named, overflow
-
-    def _handle_overflow(self, overflow: bool, named: dict[str, float], batch: dict) -> None:
+    def _check_finite(self, result: StepResult, batch: dict) -> None:
         """Without a GradScaler a value that is not finite is fatal at once, with one after 20 steps in a row."""
-        self._overflows_in_a_row = self._overflows_in_a_row + 1 if overflow else 0
+        self._overflows_in_a_row = self._overflows_in_a_row + 1 if result.overflow else 0
         if self._overflows_in_a_row < (1 if self.grad_scaler is None else MAX_OVERFLOWS_IN_A_ROW):
             return
-        bad = [k for k, v in named.items() if not math.isfinite(v)] or ["a value on another process"]
+        bad = result.not_finite or ["a value on another process"]
         saved = self._save("checkpoint_failed.pth")
         raise TrainingFailed(
             f"{', '.join(bad)} not finite in epoch {self.current_epoch}, step {self._steps_in_epoch}; labelled cases "
@@ -397,27 +343,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self._best_ema = None  # a checkpoint of the epoch before has infinity
             self.logger.get_value("ema_fg_dice", None)[first] = self.logger.get_value("mean_fg_dice", first)
 
-    def _end_workers(self) -> None:
-        for augmenter in (self.dataloader_train, self.dataloader_val):
-            if isinstance(augmenter, NonDetMultiThreadedAugmenter):
-                augmenter._finish()
-
     # ------------------------------------------------------------------------------------------------------ validation
 
-    def _use_inference_weights(self) -> None:
-        """Put the weights that prediction will use into the network; undone by :meth:`_use_training_weights`."""
-        inference = self.method.inference_network(self.bare_network)
-        if inference is not self.bare_network and self._student_weights is None:
-            self._student_weights = {k: v.clone() for k, v in self.bare_network.state_dict().items()}
-            self.bare_network.load_state_dict(inference.state_dict())
-
-    def _use_training_weights(self) -> None:
-        if self._student_weights is not None:
-            self.bare_network.load_state_dict(self._student_weights)
-            self._student_weights = None
-
     def on_validation_epoch_start(self):
-        self._use_inference_weights()
+        self._weights.use_inference(self.bare_network, self.method.inference_network(self.bare_network))
         super().on_validation_epoch_start()
 
     def validation_step(self, batch: dict) -> dict:
@@ -428,14 +357,11 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         super().on_validation_epoch_end(val_outputs)
-        self._use_training_weights()
+        self._weights.use_training(self.bare_network)
 
     def perform_actual_validation(self, save_probabilities: bool = False):
-        self._use_inference_weights()
-        try:
+        with self._weights.inference(self.bare_network, self.method.inference_network(self.bare_network)):
             super().perform_actual_validation(save_probabilities)
-        finally:
-            self._use_training_weights()
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
@@ -444,33 +370,31 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             return super().save_checkpoint(filename)
         # nnU-Net builds the dictionary and writes it in one go, so let it write to memory, add our key, write the file.
         buffer = io.BytesIO()
-        super().save_checkpoint(buffer)
+        inference = self.method.inference_network(self.bare_network)
+        with self._weights.inference(self.bare_network, inference) as training_weights:
+            super().save_checkpoint(buffer)
         buffer.seek(0)
         checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
-        inference = self.method.inference_network(self.bare_network)
         checkpoint[checkpoints.KEY] = {
             "trainer": self.base_name(),
             "version": __version__,
             "settings": settings_module.as_json(self.settings),
             "method": self.method.state_dict(),
+            "stage": self._stage,
             "log": self.training_log.rows,
-            "training_weights": None if inference is self.bare_network else checkpoint["network_weights"],
+            "training_weights": training_weights,
         }
-        checkpoint["network_weights"] = inference.state_dict()
         checkpoints.write(checkpoint, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
             self.initialize()
         ours = checkpoints.read_own_part(filename_or_checkpoint, self.base_name())
-        changed = {
-            key: (value, ours["settings"].get(key))
-            for key, value in settings_module.as_json(self.settings).items()
-            if value != ours["settings"].get(key)
-        }
+        changed = checkpoints.changed_settings(settings_module.as_json(self.settings), ours["settings"])
         try:
             super().load_checkpoint(filename_or_checkpoint)
             self.method.load_state_dict(ours["method"])
+            self._stage = ours["stage"]
         except (RuntimeError, ValueError) as error:
             if not changed:
                 raise
@@ -489,7 +413,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     def _save_and_leave(self) -> None:
         """Save so that ``--c`` repeats the interrupted epoch, then exit with 128 + the signal's number."""
-        self._use_training_weights()
+        self._weights.use_training(self.bare_network)
         self.current_epoch -= 1  # save_checkpoint writes current_epoch + 1
         saved = self._save("checkpoint_latest.pth")
         self.current_epoch += 1
@@ -505,8 +429,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         """Save into the output folder; returns a sentence that says so, or that checkpoints are switched off."""
         if self.disable_checkpointing:
             return "Nothing was saved (--disable_checkpointing)."
-        file = os.path.join(self.output_folder, name)
-        self.save_checkpoint(file)
+        file = Path(self.output_folder, name)
+        self.save_checkpoint(str(file))
         return f"Saved {file}."
 
     def _write_settings(self) -> None:
@@ -514,7 +438,5 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             weights = ", ".join(self.method.unsupervised_weights)
             self.print_to_log_file(f"WARNING: {weights} = 0: this run is supervised nnU-Net")
         content = {"trainer": self.base_name(), "version": __version__, **settings_module.as_json(self.settings)}
-        Path(self.output_folder, "semisup_settings.json").write_text(
-            json.dumps(content, indent=2) + "\n", encoding="utf-8"
-        )
+        files.write_json(Path(self.output_folder, "semisup_settings.json"), content, indent=2)
         self.print_to_log_file("semisup settings:", content)

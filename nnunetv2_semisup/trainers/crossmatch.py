@@ -70,7 +70,7 @@ class CrossMatchSettings(SemiSupSettings):
         self.require(self.dice_smooth > 0, "dice_smooth", "above 0")
 
 
-class CrossMatch(SemiSupMethod):
+class CrossMatch(SemiSupMethod[CrossMatchSettings]):
     """Four groups per step, the labelled one last; each term is a masked Dice against a pseudo-label without gradient.
 
     With u the unlabelled patch, m the patch that CutMix takes boxes from, s1, s2 strong views of u with boxes of m's:
@@ -97,9 +97,12 @@ class CrossMatch(SemiSupMethod):
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: CrossMatchSettings):
         super().__init__(network, task, settings)
-        self.unlabelled_draws = 2 if settings.mix_source == "loader" else 1
-        self.mixes_patches_by = "mix_source = batch_roll" if settings.mix_source == "batch_roll" else ""
-        self._diagnostics: dict[str, Tensor] = {}
+        self.wants_partners = settings.mix_source == "loader"
+
+    def unfit_batch(self, labelled: int, unlabelled: int) -> str | None:
+        if self.wants_partners or unlabelled >= 2:
+            return None
+        return "mix_source = batch_roll needs 2 unlabelled patches per GPU: raise unlabeled_batch_size, or use loader"
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         s = self.settings
@@ -107,7 +110,8 @@ class CrossMatch(SemiSupMethod):
             scale = sigmoid_ramp_up(progress, s.warm_up_fraction)
             teacher, decoder = scale * s.w_kd * (1 - s.eta) / 4, scale * s.w_kd * s.eta / 2
             dice = partial(self._dice, threshold=self.threshold(progress))
-            patches, partners = self._patches_and_partners(unlabelled["data"])
+            patches = unlabelled["data"]
+            partners = unlabelled["partners"] if self.wants_partners else patches.roll(1, 0)
             # Each call returns before its group is yielded, so that no feature map outlives its group.
             own, terms = self._weak_view(network, patches, dice)
             yield {name: (teacher, value) for name, value in terms.items()}
@@ -125,23 +129,14 @@ class CrossMatch(SemiSupMethod):
             return s.conf_tau
         return (s.conf_tau + (1 - s.conf_tau) * sigmoid_ramp_up(progress, s.conf_ramp_fraction)) * math.log(2)
 
-    def diagnostics(self) -> dict[str, Tensor]:
-        return self._diagnostics
-
-    def _patches_and_partners(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """u and m: two draws of the loader, or the batch and the batch rolled by one."""
-        if self.settings.mix_source == "loader":
-            return images.chunk(2)
-        return images, images.roll(1, 0)
-
     def _weak_view(
         self, network: nn.Module, patches: Tensor, dice: Dice
     ) -> tuple[list[PseudoLabel], dict[str, Tensor]]:
         """Pseudo-labels of u (clean, weak and strong features), and the terms teacher_1 and teacher_2."""
         skips = taps.encode(network, patches)
         with torch.no_grad():
-            clean = self._logits(network, [skip.detach() for skip in skips])
-        weak, strong = (self._logits(network, view) for view in self._feature_views(skips))
+            clean = taps.logits_of(network, [skip.detach() for skip in skips])
+        weak, strong = (taps.logits_of(network, view) for view in self._feature_views(skips))
         labels = [pseudo_label(logits, self.task.has_regions) for logits in (clean, weak, strong)]
         self._note(labels, dice.keywords["threshold"])
         return labels, {"teacher_1": dice(weak, labels[0]), "teacher_2": dice(strong, labels[0])}
@@ -153,7 +148,7 @@ class CrossMatch(SemiSupMethod):
             return [PseudoLabel(*(part.roll(1, 0) for part in label)) for label in own]
         skips = taps.encode(network, partners)
         views = (skips, *self._feature_views(skips))
-        return [pseudo_label(self._logits(network, view), self.task.has_regions) for view in views]
+        return [pseudo_label(taps.logits_of(network, view), self.task.has_regions) for view in views]
 
     def _first_strong_view(self, network, patches, partners, own, others, dice: Dice) -> Tensor:
         """The term image_1."""
@@ -165,7 +160,7 @@ class CrossMatch(SemiSupMethod):
         images, box = self._strong_view(patches, partners)
         labels = [mix(other, mine, box) for other, mine in zip(others, own, strict=True)]
         skips = taps.encode(network, images)
-        clean, weak, strong = (self._logits(network, view) for view in (skips, *self._feature_views(skips)))
+        clean, weak, strong = (taps.logits_of(network, view) for view in (skips, *self._feature_views(skips)))
         return {
             "image_2": dice(clean, labels[0]),
             "teacher_3": dice(weak, labels[0]),
@@ -192,10 +187,6 @@ class CrossMatch(SemiSupMethod):
         rates = (self.settings.p_weak, self.settings.p_strong)
         return [drop_channels(skips, draw_channel_masks(skips, rate)) for rate in rates]
 
-    def _logits(self, network: nn.Module, skips: list[Tensor]) -> Tensor:
-        output, _ = taps.decode(network, skips)
-        return output[0] if isinstance(output, list) else output
-
     def _dice(self, logits: Tensor, target: PseudoLabel, threshold: float) -> Tensor:
         s, regions = self.settings, self.task.has_regions
         student = probabilities(logits, regions)
@@ -203,8 +194,8 @@ class CrossMatch(SemiSupMethod):
 
     def _note(self, labels: list[PseudoLabel], threshold: float) -> None:
         for name, label in zip(("clean", "weak_features", "strong_features"), labels, strict=True):
-            self._diagnostics[f"share_confident_{name}"] = (label.confidence >= threshold).float().mean()
-        self._diagnostics["share_of_foreground"] = (labels[0].label > 0).float().mean()
+            self.diagnostics[f"share_confident_{name}"] = (label.confidence >= threshold).float().mean()
+        self.diagnostics["share_of_foreground"] = (labels[0].label > 0).float().mean()
 
 
 class nnUNetTrainerCrossMatch(nnUNetTrainerSemiSup):

@@ -43,7 +43,7 @@ class MeanTeacherSettings(SemiSupSettings):
         self.require(self.noise_limit >= 0, "noise_limit", "0 or more")
 
 
-class MeanTeacher(SemiSupMethod):
+class MeanTeacher(SemiSupMethod[MeanTeacherSettings]):
     """Two groups per step: consistency on the unlabelled patches, then the stock supervised loss.
 
     Deviation: the published student sees labelled and unlabelled patches in one batch. Here they are two passes, equal
@@ -56,7 +56,6 @@ class MeanTeacher(SemiSupMethod):
     def __init__(self, network: nn.Module, task: TaskInfo, settings: MeanTeacherSettings):
         super().__init__(network, task, settings)
         self.teacher = Teacher(network, settings.teacher_decay)
-        self._diagnostics: dict[str, Tensor] = {}
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         weight = self.settings.consistency_weight * sigmoid_ramp_up(progress, self.settings.ramp_fraction)
@@ -70,7 +69,7 @@ class MeanTeacher(SemiSupMethod):
             noise = draw_clipped_noise(images, self.settings.noise_std, self.settings.noise_limit)
             target = probabilities(taps.logits(self.teacher.module, images + noise), self.task.has_regions)
         student = probabilities(taps.logits(network, images), self.task.has_regions)
-        self._diagnostics = {"share_teacher_student_agreement": agreement(student, target, self.task.has_regions)}
+        self.diagnostics["share_teacher_student_agreement"] = agreement(student, target, self.task.has_regions)
         return mean_squared_difference(student, target)
 
     def after_step(self, network: nn.Module) -> None:
@@ -78,9 +77,6 @@ class MeanTeacher(SemiSupMethod):
 
     def reset(self, network: nn.Module) -> None:
         self.teacher.reset(network)
-
-    def diagnostics(self) -> dict[str, Tensor]:
-        return self._diagnostics
 
     def inference_network(self, network: nn.Module) -> nn.Module:
         return self.teacher.module if self.settings.inference_weights == "teacher" else network

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.settings import SemiSupSettings
+from nnunetv2_semisup.training.step import Group
+from nnunetv2_semisup.training.supervised import SupervisedLoss
 
-Group = dict[str, tuple[float, Tensor]]
+Settings = TypeVar("Settings", bound=SemiSupSettings)
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class TaskInfo:
     """What a method may know about the task. It never sees paths, the optimiser, processes or mixed precision.
 
     Attributes:
-        supervised_loss: nnU-Net's loss as a function of (logits, target), each a list under deep supervision.
+        supervised_loss: nnU-Net's loss as a function of (logits, target), each a list under deep supervision; with a
+            mask of the voxels that are known it learns from these alone.
         num_heads: output channels; with softmax they include the background.
         has_regions: True for region-based (sigmoid) training.
         ignore_label: value in the labelled target that carries no label, or None. Predictions never contain it.
@@ -27,7 +30,7 @@ class TaskInfo:
         spacing_mm: voxel size per axis of the patch.
     """
 
-    supervised_loss: Callable[[Any, Any], Tensor]
+    supervised_loss: SupervisedLoss | Callable[[Any, Any], Tensor]
     num_heads: int
     has_regions: bool
     ignore_label: int | None
@@ -35,11 +38,15 @@ class TaskInfo:
     spacing_mm: tuple[float, ...]
 
 
-class SemiSupMethod(nn.Module):
+class SemiSupMethod(nn.Module, Generic[Settings]):
     """What a method is: loss terms, and whatever it needs beside the network (teacher, heads, banks).
 
     The network is an argument of every function and never a submodule, or it would be saved and optimised twice.
     Parameters that require a gradient are optimised and everything in the state dict is saved.
+
+    Attributes:
+        diagnostics: scalars of the step for the log, no gradient; shares in [0, 1] are named ``share_<what>``. The
+            trainer empties it before each step.
     """
 
     settings_class: ClassVar[type[SemiSupSettings]] = SemiSupSettings
@@ -51,16 +58,27 @@ class SemiSupMethod(nn.Module):
     learning_rate_starts: tuple[int, ...] = (0,)
     #: Before this epoch nothing is learned from labels: Dice means nothing and there is no best checkpoint.
     first_supervised_epoch: int = 0
-    #: Patches the loader draws for each unlabelled patch of the batch; a method may set its own.
-    unlabelled_draws: int = 1
-    #: The setting that makes a step need two unlabelled patches on each GPU, as "mix = cutmix"; "" if one is enough.
-    mixes_patches_by: str = ""
+    #: True: the unlabelled batch has ``partners``, another draw of as many patches to mix with.
+    wants_partners: bool = False
 
-    def __init__(self, network: nn.Module, task: TaskInfo, settings: SemiSupSettings):
+    def __init__(self, network: nn.Module, task: TaskInfo, settings: Settings):
         """Build what is needed beside ``network``, which may be looked at and copied but not kept."""
         super().__init__()
         self.task = task
         self.settings = settings
+        self.diagnostics: dict[str, Tensor] = {}
+
+    @classmethod
+    def unsupported(cls, task: TaskInfo, settings: Settings) -> str | None:
+        """Why the method cannot train on this task, ending with what to do; None if it can. Asked before all work."""
+        return None
+
+    def unfit_batch(self, labelled: int, unlabelled: int) -> str | None:
+        """Why the method cannot work with so many patches per GPU, ending with what to do; None if it can.
+
+        Asked before any unlabelled case is preprocessed.
+        """
+        return None
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         """Yield groups of terms ``{name: (weight, value)}``; the groups share no graph.
@@ -72,7 +90,8 @@ class SemiSupMethod(nn.Module):
             network: the planned network, in training mode.
             labelled: ``data`` (B, C, X, Y, Z) float32; ``target`` as the supervised loss takes it; ``keys``: ids; and
                 what :meth:`labelled_transform` adds.
-            unlabelled: ``data`` (U, C, X, Y, Z) float32, spatially augmented only; ``keys``. There is no target.
+            unlabelled: ``data`` (U, C, X, Y, Z) float32, spatially augmented only; ``keys``; with ``wants_partners``
+                also ``partners``, shaped as ``data``. There is no target.
             progress: share of optimiser steps done, in [0, 1).
         """
         raise NotImplementedError
@@ -90,15 +109,18 @@ class SemiSupMethod(nn.Module):
         output, _ = taps.decode(network, taps.encode(network, labelled["data"]))
         return {"supervised": (1.0, self.task.supervised_loss(output, labelled["target"]))}
 
+    def stage(self, progress: float) -> int:
+        """The stage at ``progress``, from 1; most methods have one."""
+        return 1
+
+    def enter_stage(self, network: nn.Module, stage: int) -> None:
+        """Called once before the first step of each stage after the first; not again by a resumed run."""
+
     def after_step(self, network: nn.Module) -> None:
         """Update teacher or banks after the optimiser's step; skipped when the step was."""
 
     def reset(self, network: nn.Module) -> None:
         """Called once before a fresh run's first step, when ``network`` has its start (maybe pre-trained) weights."""
-
-    def diagnostics(self) -> dict[str, Tensor]:
-        """Scalars of the last step for the log, no gradient; name shares in [0, 1] ``share_<what>``."""
-        return {}
 
     def inference_network(self, network: nn.Module) -> nn.Module:
         """The network whose weights are validated and written for prediction; same keys as ``network``."""

@@ -96,10 +96,10 @@ class Prediction(NamedTuple):
     @property
     def logits(self) -> Tensor:
         """(B, heads, X, Y, Z) at full resolution."""
-        return self.output[0] if isinstance(self.output, list) else self.output
+        return taps.full_resolution(self.output)
 
 
-class SimCVD(SemiSupMethod):
+class SimCVD(SemiSupMethod[SimCVDSettings]):
     """Two groups per step: all unsupervised terms from one noisy pass of student and teacher, then the labelled one.
 
     Deviations: the student's labelled and unlabelled patches are two passes (see Mean Teacher); unlabelled patches get
@@ -121,7 +121,6 @@ class SimCVD(SemiSupMethod):
             dimensions = len(task.patch_size)
             self.heads["sdm"] = SignedDistanceHead(taps.feature_channels(network), self.classes, dimensions)
         self.teacher_heads = MovingAverage(self.heads, s.teacher_decay)
-        self._diagnostics: dict[str, Tensor] = {}
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         s = self.settings
@@ -152,9 +151,6 @@ class SimCVD(SemiSupMethod):
         self.teacher.reset(network)
         self.teacher_heads.reset(self.heads)
 
-    def diagnostics(self) -> dict[str, Tensor]:
-        return self._diagnostics
-
     def _labelled_terms(self, network: nn.Module, labelled: dict) -> Group:
         """Equation 1."""
         prediction = self._forward(network, labelled["data"])
@@ -174,9 +170,8 @@ class SimCVD(SemiSupMethod):
         student = self._forward(network, images + self._noise(images))
         student_sdm = self._sdm(self.heads, student)
         student_probabilities = probabilities(student.logits, regions)
-        self._diagnostics = {
-            "share_teacher_student_agreement": agreement(student_probabilities, teacher_probabilities, regions)
-        }
+        agreeing = agreement(student_probabilities, teacher_probabilities, regions)
+        self.diagnostics["share_teacher_student_agreement"] = agreeing
         terms = {}
         if "contrast" in weights:
             terms["contrast"] = self._contrast(images, student_sdm, teacher_sdm)
@@ -225,7 +220,7 @@ class SimCVD(SemiSupMethod):
         with torch.no_grad():
             heads = self.heads if s.teacher_head == "shared" else self.teacher_heads.module
             teacher = heads["projection"](teacher)
-        self._diagnostics["share_slices_matched"] = share_matched(student, teacher)
+        self.diagnostics["share_slices_matched"] = share_matched(student, teacher)
         return symmetric_info_nce(student, teacher, s.tau, s.proj_norm)
 
     def _slices(self, volumes: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_semisup import labels
 from nnunetv2_semisup.losses.consistency import agreement, decide, joint_linear_dice, probabilities, squared_dice
 from nnunetv2_semisup.losses.separation import cosine_distance_to_prototypes
 from nnunetv2_semisup.memory.prototypes import PrototypeMemory
@@ -73,7 +74,7 @@ class SSNetSettings(SemiSupSettings):
         self.require(self.cs_max_rows >= 2, "cs_max_rows", "at least 2")
 
 
-class SSNet(SemiSupMethod):
+class SSNet(SemiSupMethod[SSNetSettings]):
     """Four groups per step, the labelled one last. ``lambda`` is the ramped ``lambda_max``.
 
     ===================== ============ ==========================================================================
@@ -108,7 +109,6 @@ class SSNet(SemiSupMethod):
         self.memory = PrototypeMemory(len(self.classes), PROTOTYPES, WIDTH)
         dice = squared_dice if settings.lds_dice == "per_class_squared" else joint_linear_dice
         self._dice = partial(dice, smooth=settings.lds_smooth)
-        self._diagnostics: dict[str, Tensor] = {}
 
     def _selectors(self) -> nn.ModuleList:
         """One per class: a feature vector to how much it should count, before the sigmoid."""
@@ -133,9 +133,6 @@ class SSNet(SemiSupMethod):
             yield {"smoothness_labelled": (weight * s.lds_ratio * share, value)}
         yield {**labelled_group, "supervised": (1.0, self.task.supervised_loss(output, labelled["target"]))}
 
-    def diagnostics(self) -> dict[str, Tensor]:
-        return self._diagnostics
-
     # ------------------------------------------------------------------------------------------------- the two streams
 
     def _labelled_pass(self, network: nn.Module, labelled: dict, weight: float):
@@ -146,7 +143,7 @@ class SSNet(SemiSupMethod):
             return output, clean, {}
         truth = self._labelled_voxels(labelled["target"])
         self._renew_prototypes(features, truth & self._predicted_voxels(clean))
-        value = self._separation(features, truth, self._not_ignored(labelled["target"]))
+        value = self._separation(features, truth, self._known_voxels(labelled["target"]))
         return output, clean, {"separation_labelled": (weight, value)}
 
     def _unlabelled_pass(self, network: nn.Module, images: Tensor, weight: float) -> tuple[Group, Tensor]:
@@ -161,33 +158,22 @@ class SSNet(SemiSupMethod):
         return {"separation_unlabelled": (weight, value)}, clean
 
     def _clean(self, output: Tensor | list[Tensor]) -> Tensor:
-        return probabilities((output[0] if isinstance(output, list) else output).detach(), self.task.has_regions)
+        return probabilities(taps.full_resolution(output).detach(), self.task.has_regions)
 
     def _predicted_voxels(self, clean: Tensor) -> Tensor:
         """(K, B * voxels) bool: the voxels that probabilities (B, heads, X, Y, Z) give to each class."""
         decided = decide(clean, self.task.has_regions)
-        return decided.movedim(1, 0).flatten(1) if self.task.has_regions else self._voxels_of_classes(decided)
+        masks = decided if self.task.has_regions else torch.stack([decided == c for c in self.classes], 1)
+        return masks.movedim(1, 0).flatten(1)
 
     def _labelled_voxels(self, target: Tensor | list[Tensor]) -> Tensor:
         """(K, B * voxels) bool: the voxels that the full-resolution target gives to each class."""
-        target = target[0] if isinstance(target, list) else target
-        if not self.task.has_regions:
-            return self._voxels_of_classes(target[:, 0])
-        regions = target.bool()
-        if self.task.ignore_label is not None:  # nnU-Net's last channel
-            regions = regions[:, :-1] & ~regions[:, -1:]
-        return regions.movedim(1, 0).flatten(1)
+        masks = labels.class_masks(target, self.task.has_regions, self.task.ignore_label, self.classes)
+        return masks.movedim(1, 0).flatten(1)
 
-    def _not_ignored(self, target: Tensor | list[Tensor]) -> Tensor:
+    def _known_voxels(self, target: Tensor | list[Tensor]) -> Tensor:
         """(B * voxels,) bool."""
-        target = target[0] if isinstance(target, list) else target
-        if self.task.ignore_label is None:
-            return torch.ones_like(target[:, 0], dtype=torch.bool).flatten()
-        ignored = target[:, -1].bool() if self.task.has_regions else target[:, 0] == self.task.ignore_label
-        return ~ignored.flatten()
-
-    def _voxels_of_classes(self, labels: Tensor) -> Tensor:
-        return torch.stack([(labels == c).flatten() for c in self.classes])
+        return labels.known_voxels(target, self.task.has_regions, self.task.ignore_label).flatten()
 
     # ------------------------------------------------------------------------------------------------------ separation
 
@@ -199,7 +185,7 @@ class SSNet(SemiSupMethod):
             projected = self.projection(rows.flatten(0, 1)).unflatten(0, valid.shape)  # with running statistics
             scores = self._scores(self.selectors, projected, valid)
         self.memory.update(projected, valid, scores if self.settings.proto_select == "highest" else -scores)
-        self._diagnostics["share_of_prototypes_filled"] = self.memory.filled().float().mean()
+        self.diagnostics["share_of_prototypes_filled"] = self.memory.filled().float().mean()
 
     def _separation(self, features: Tensor, voxels: Tensor, normalising: Tensor) -> Tensor:
         """Mean over the classes, background counted, of the distance of their voxels (K, B * voxels) to prototypes.
@@ -235,8 +221,8 @@ class SSNet(SemiSupMethod):
         """Discrepancy to ``target``, the clean probabilities, under the noise that makes it largest."""
         noise, found = self._adversarial_noise(network, images, target)
         noisy = self._under_noise(network, images, noise)
-        self._diagnostics[f"share_direction_found_{stream}"] = found.float().mean()
-        self._diagnostics[f"share_unmoved_{stream}"] = agreement(noisy, target, self.task.has_regions)
+        self.diagnostics[f"share_direction_found_{stream}"] = found.float().mean()
+        self.diagnostics[f"share_unmoved_{stream}"] = agreement(noisy, target, self.task.has_regions)
         return self._dice(noisy, target)
 
     def _adversarial_noise(self, network: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from time import strftime
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import whole_file
 
 KEY = "semisup"
+
+
+class NetworkWeights:
+    """Which weights lie in the network: those in training, or for a while those that prediction will use."""
+
+    def __init__(self):
+        self._training: dict[str, Tensor] | None = None
+
+    def use_inference(self, network: nn.Module, inference: nn.Module) -> None:
+        """Put the weights of ``inference`` into ``network``; undone by :meth:`use_training`, doing it twice is one."""
+        if inference is not network and self._training is None:
+            self._training = {key: value.clone() for key, value in network.state_dict().items()}
+            network.load_state_dict(inference.state_dict())
+
+    def use_training(self, network: nn.Module) -> None:
+        """Put the weights in training back."""
+        if self._training is not None:
+            network.load_state_dict(self._training)
+            self._training = None
+
+    @contextlib.contextmanager
+    def inference(self, network: nn.Module, inference: nn.Module) -> Iterator[dict[str, Tensor] | None]:
+        """The weights of ``inference`` in ``network`` for a while; yields those in training, None if they are these."""
+        self.use_inference(network, inference)
+        try:
+            yield self._training
+        finally:
+            self.use_training(network)
 
 
 def write(checkpoint: dict[str, Any], filename: str) -> None:
@@ -39,7 +70,15 @@ def read_own_part(filename: str, trainer: str) -> dict[str, Any]:
             f"{filename} is a checkpoint of {writer}, {trainer} cannot continue it: start a new run, "
             f"with -pretrained_weights {filename} if its network is to be the start"
         )
-    return checkpoint[KEY]
+    ours = checkpoint[KEY]
+    if "stage" not in ours:  # version 0.1.0: ACTION kept the stage itself, 0 before the first step
+        ours["stage"] = max(1, int(ours["method"].pop("_extra_state", 1)))
+    return ours
+
+
+def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (value now, value in the checkpoint) where they differ; a setting that is new is None there."""
+    return {key: (value, before.get(key)) for key, value in now.items() if value != before.get(key)}
 
 
 def set_aside(folder: Path) -> list[tuple[Path, Path]]:

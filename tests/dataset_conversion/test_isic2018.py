@@ -18,6 +18,7 @@ from skimage import io
 from dataset_conversion import isic2018
 from nnunetv2_semisup import trainers
 from nnunetv2_semisup.data.preprocess import preprocess_unlabeled
+from nnunetv2_semisup.training.streams import end_augmenters
 
 pytestmark = pytest.mark.filterwarnings("ignore:One patient only")
 PARTS = {"Training": range(6), "Validation": [6], "Test": [7, 8]}
@@ -173,7 +174,7 @@ def test_photographs_are_preprocessed_and_trained_on(nnunet_raw, source, tmp_pat
         assert np.isfinite(result["loss"])
         assert any(not torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True))
     finally:
-        trainer._end_workers()
+        end_augmenters(trainer.dataloader_train, trainer.dataloader_val)
 
 
 def test_main(nnunet_raw, source, capsys):

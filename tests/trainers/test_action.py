@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from helpers import make_batch
 
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.labels import disjoint_classes
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.embedding_heads import pool_cells, windows
-from nnunetv2_semisup.trainers.action import ACTION, ACTIONSettings, class_probabilities, disjoint_classes
+from nnunetv2_semisup.trainers.action import ACTION, ACTIONSettings, class_probabilities
 from nnunetv2_semisup.trainers.action_plus_plus import ACTIONPlusPlusSettings
 
 NAMES = ["nnUNetTrainerACTION", "nnUNetTrainerACTIONPlusPlus"]
@@ -418,9 +419,9 @@ def test_a_single_patch_is_not_mixed(mix, tiny):
 def test_a_single_patch_is_refused_before_anything_is_prepared_unless_mixing_is_off(tiny, monkeypatch):
     trainer = build(tiny, unlabeled_batch_size=1)
     monkeypatch.setattr(trainer, "_prepare_unlabeled_cases", lambda: pytest.fail("preprocessed first"))
-    with pytest.raises(InputError, match="mix = cutmix .* one per GPU"):
+    with pytest.raises(InputError, match="mix = cutmix needs 2 unlabelled patches per GPU"):
         trainer.on_train_start()
-    assert not build(tiny, mix="none").method.mixes_patches_by
+    assert build(tiny, mix="none").method.unfit_batch(2, 1) is None
     method = build(tiny, mix="none").method
     images, label = torch.randn(2, 1, 16, 16, 16), PseudoLabel(*torch.rand(2, 2, 1, 16, 16, 16))
     mixed, together = method._mixed(images, label)

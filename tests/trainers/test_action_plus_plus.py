@@ -7,6 +7,7 @@ from helpers import make_batch
 from test_action import build, state, step_losses
 
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.labels import class_indices
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.trainers import action_plus_plus
 from nnunetv2_semisup.trainers.action_plus_plus import ACTIONPlusPlusSettings
@@ -63,7 +64,6 @@ def test_adaptive_contrast_sees_labelled_voxels_of_teacher_and_student(kind, ign
     with torch.no_grad():
         for p in (*method.teacher.parameters(), *method.teacher_representation.parameters()):
             p.mul_(0.9)
-    method._stage = 3  # no reset
     trainer.current_epoch = 2
     before = state(method)
     terms = step_losses(trainer, batch, trainer.progress)
@@ -75,7 +75,9 @@ def test_adaptive_contrast_sees_labelled_voxels_of_teacher_and_student(kind, ign
     k = method.classes
     assert labels.reshape(k, 5).tolist() == [[c if present[c] else -1] * 5 for c in range(k)]
     assert present.tolist() == ([True, False] if ignore else [True] * k)
-    truth = method._labelled_classes(batch["target"])[:, ::2, ::2, ::2].flatten()
+    truth = class_indices(batch["target"], method.task.has_regions, method.task.ignore_label)[
+        :, ::2, ::2, ::2
+    ].flatten()
     for c in range(k):
         assert not present[c] or (truth[positions[c]] == c).all()
 

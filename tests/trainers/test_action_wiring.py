@@ -97,7 +97,6 @@ def test_stage_three_sees_what_it_should(tiny, monkeypatch):
     with torch.no_grad():
         for p in method.teacher.parameters():
             p.mul_(1.5)
-    method._stage = 3  # no reset
     monkeypatch.setattr(method, "_strong_view", lambda images: images.roll(1, -1))
     mixed = record(monkeypatch, method, "_mixed")
     loss = record(monkeypatch, action, "confidence_weighted_cross_entropy")

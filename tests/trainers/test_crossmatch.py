@@ -69,7 +69,7 @@ def decide(logits, regions):
 def released_plan(trainer, batch, drawn) -> torch.Tensor:
     """Four passes with concatenated batches as in the released code, one total, random numbers given."""
     network, regions = trainer.network, trainer.label_manager.has_regions
-    u, m = batch["unlabelled"]["data"].chunk(2)
+    u, m = batch["unlabelled"]["data"], batch["unlabelled"]["partners"]
     masks, views, boxes = drawn["draw_channel_masks"], drawn["draw_strong_view"], drawn["draw_boxes"]
 
     def decode(skips):
@@ -209,12 +209,12 @@ def test_views_share_the_geometry_of_the_weak_view(tiny):
     """No intensity change and no box: both strong views are u itself, and m is not seen."""
     trainer = build(tiny, strong_intensity_probability=0.0, strong_blur_probability=0.0, box_probability=0.0)
     batch = make_batch(trainer)
-    u, m = trainer.method._patches_and_partners(batch["unlabelled"]["data"])
+    u, m = batch["unlabelled"]["data"], batch["unlabelled"]["partners"]
     images, box = trainer.method._strong_view(u, m)
     assert torch.equal(images, u) and not box.any()
     before = values(terms(trainer, batch))
     assert before["image_1"] == before["image_2"]
-    batch["unlabelled"]["data"] = torch.cat([u, torch.randn_like(m)])
+    batch["unlabelled"]["partners"] = torch.randn_like(m)
     assert values(terms(trainer, batch)) == before
 
 
@@ -254,14 +254,14 @@ def test_nothing_confident_teaches_nothing(tiny):
 
 
 def test_batch_roll_draws_once_and_takes_the_neighbours_labels(tiny):
-    assert build(tiny, mix_source="batch_roll")._unlabeled_batch_size() == 2
-    assert build(tiny)._unlabeled_batch_size() == 4
+    assert build(tiny).method.wants_partners
+    assert not build(tiny, mix_source="batch_roll").method.wants_partners
     trainer = build(tiny, mix_source="batch_roll", unlabeled_batch_size=3)  # of two, both neighbours are the same
     batch = make_batch(trainer)
     assert list(terms(trainer, batch)) == [*TERMS, "supervised"]
     images = batch["unlabelled"]["data"]
     own, _ = trainer.method._weak_view(trainer.network, images, partial(trainer.method._dice, threshold=0.5))
-    _, partners = trainer.method._patches_and_partners(images)
+    partners = images.roll(1, 0)
     others = trainer.method._labels_of_partners(trainer.network, None, own)
     for i, partner in enumerate(partners):
         (neighbour,) = [j for j in range(3) if torch.equal(images[j], partner)]
@@ -269,7 +269,7 @@ def test_batch_roll_draws_once_and_takes_the_neighbours_labels(tiny):
         for mine, other in zip(own, others, strict=True):
             assert torch.equal(other.label[i], mine.label[neighbour])
             assert torch.equal(other.confidence[i], mine.confidence[neighbour])
-    with pytest.raises(InputError, match="mix_source = batch_roll .* one per GPU"):
+    with pytest.raises(InputError, match="mix_source = batch_roll needs 2 unlabelled patches per GPU"):
         build(tiny, mix_source="batch_roll", unlabeled_batch_size=1).on_train_start()
 
 

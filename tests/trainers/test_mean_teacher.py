@@ -45,7 +45,7 @@ def test_without_noise_an_equal_teacher_gives_zero(tiny):
     trainer = build(tiny, noise_std=0.0)
     consistency, _ = groups(trainer, make_batch(trainer))
     assert consistency["consistency"][1].item() == 0.0
-    assert float(trainer.method.diagnostics()["share_teacher_student_agreement"]) == 1.0
+    assert float(trainer.method.diagnostics["share_teacher_student_agreement"]) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["4 classes", "regions"])
@@ -115,7 +115,7 @@ def test_teacher_weights_at_inference_is_a_setting(tiny, tmp_path):
 
     trainer.on_validation_epoch_start()
     assert all(torch.equal(v, teacher[k]) for k, v in trainer.network.state_dict().items())
-    trainer._use_training_weights()
+    trainer.on_validation_epoch_end([trainer.validation_step(make_batch(trainer))])
     assert all(torch.equal(v, student[k]) for k, v in trainer.network.state_dict().items())
 
     resumed = tiny.trainer(NAME, inference_weights="teacher", resume=True)

@@ -14,6 +14,7 @@ from nnunetv2_semisup.data.sdm import signed_distance_map
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.trainers import simcvd
+from nnunetv2_semisup.training.streams import end_augmenters
 
 NAME = "nnUNetTrainerSimCVD"
 SMALL = {"proj_pool": 8, "proj_hidden": [6, 5], "proj_dim": 4}
@@ -218,7 +219,7 @@ def test_equal_networks_without_noise_are_consistent(tiny):
     trainer = build(tiny, noise_std=0.0, con_on_sdm=True)
     found = values(terms(trainer, make_batch(trainer)))
     assert found["con"] == 0
-    assert float(trainer.method.diagnostics()["share_teacher_student_agreement"]) == 1
+    assert float(trainer.method.diagnostics["share_teacher_student_agreement"]) == 1
 
 
 def contrasted(trainer, monkeypatch, images, student_sdm, teacher_sdm):
@@ -343,7 +344,7 @@ def test_diagnostics_are_the_shares_they_name(tiny, monkeypatch):
     ):
         heads["projection"].forward = lambda slices, found=found: found
     trainer.method._unlabelled_terms(trainer.network, torch.zeros(2, 1, 16, 16, 16), {"contrast": 0.5, "con": 0.1})
-    shares = {name: float(value) for name, value in trainer.method.diagnostics().items()}
+    shares = {name: float(value) for name, value in trainer.method.diagnostics.items()}
     assert shares == {"share_teacher_student_agreement": 0.5, "share_slices_matched": 0.25}
 
 
@@ -515,7 +516,7 @@ def test_maps_come_from_the_workers(tiny, monkeypatch):
         np.testing.assert_array_equal(batch["sdm"][0, 0].numpy(), expected)
         trainer.train_step(batch)
     finally:
-        trainer._end_workers()
+        end_augmenters(trainer.dataloader_train, trainer.dataloader_val)
 
 
 def test_other_trainers_do_not_ask_for_maps(tiny):

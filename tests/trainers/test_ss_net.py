@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_batch
-from test_distributed import spawn
+from helpers import make_batch, spawn
 from torch import distributed as dist
 from torch.nn import functional as F
 
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.labels import known_voxels
 from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.trainers import ss_net
@@ -463,7 +463,7 @@ def test_ignored_voxels_are_not_in_the_statistics(datasets, use):
     labels = torch.randint(0, 2, (2, 1, 6, 6, 6))
     ignored = torch.rand(labels.shape) < 0.3
     target = torch.where(ignored, method.task.ignore_label, labels)
-    assert torch.equal(method._not_ignored([target]), ~ignored.flatten())
+    assert torch.equal(known_voxels([target], False, method.task.ignore_label).flatten(), ~ignored.flatten())
 
 
 def test_a_class_needs_two_prototypes_and_two_voxels(filled):

@@ -7,27 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_batch
+from helpers import make_batch, spawn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
 from nnunetv2_semisup.training.distributed import average_gradients, broadcast_state, gather_rows
 
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
 SETTINGS = {"noise_std": 0.0, "consistency_weight": 1.0}
-
-
-def run_rank(rank: int, world: int, folder: str, task, *args) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    try:
-        task(rank, Path(folder), *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def spawn(tmp_path, task, *args) -> None:
-    mp.spawn(run_rank, args=(2, str(tmp_path), task, *args), nprocs=2)
 
 
 def gradients_and_flags(rank: int, folder: Path) -> None:
@@ -111,8 +97,8 @@ def train_validate_and_stop(rank: int, folder: Path, variables: dict, dataset) -
         trainer.train_step(make_batch(trainer, 10 * seed + rank))
         with torch.no_grad():
             trainer.on_validation_epoch_start()
-            trainer.validation_step(make_batch(trainer, 99))
-            trainer._use_training_weights()
+            outputs = [trainer.validation_step(make_batch(trainer, 99))]
+            trainer.on_validation_epoch_end(outputs)
         trainer.network.train()
     torch.save(trainer.bare_network.state_dict(), folder / f"rank{rank}.pth")
     trainer._stop.listen()

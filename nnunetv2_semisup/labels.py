@@ -1,0 +1,51 @@
+"""What nnU-Net's labelled targets say: class masks, known voxels, and the disjoint classes of regions.
+
+A target is (B, 1, X, Y, Z) with a class value per voxel, or for region-based training (B, R, X, Y, Z) with one channel
+per region, and one more for the ignore label if there is one. Under deep supervision it is a list, highest resolution
+first, of which these functions read the first. 2D drops Z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def known_voxels(target: Tensor | list[Tensor], has_regions: bool, ignore_label: int | None) -> Tensor:
+    """(B, X, Y, Z) bool: voxels that have a label, background included."""
+    target = _full_resolution(target)
+    if ignore_label is None:
+        return torch.ones_like(target[:, 0], dtype=torch.bool)
+    return ~target[:, -1].bool() if has_regions else target[:, 0] != ignore_label
+
+
+def class_masks(
+    target: Tensor | list[Tensor], has_regions: bool, ignore_label: int | None, classes: Iterable[int]
+) -> Tensor:
+    """(B, K, X, Y, Z) bool: the known voxels of each of K classes; with regions their indices, from 0."""
+    target, known = _full_resolution(target), known_voxels(target, has_regions, ignore_label)
+    if has_regions:
+        return target[:, list(classes)].bool() & known[:, None]
+    return torch.stack([target[:, 0] == value for value in classes], 1) & known[:, None]
+
+
+def class_indices(target: Tensor | list[Tensor], has_regions: bool, ignore_label: int | None) -> Tensor:
+    """(B, X, Y, Z) int64: the class of each voxel, -1 where it is not known; regions as :func:`disjoint_classes`."""
+    known = known_voxels(target, has_regions, ignore_label)
+    target = _full_resolution(target)
+    if not has_regions:
+        return torch.where(known, target[:, 0].long(), -1)
+    regions = target.bool() if ignore_label is None else target[:, :-1].bool()
+    return torch.where(known, disjoint_classes(regions), -1)
+
+
+def disjoint_classes(regions: Tensor) -> Tensor:
+    """(B, R, X, Y, Z) bool to (B, X, Y, Z) int64 in [0, R]: 1 + the last region a voxel is in, as nnU-Net resolves."""
+    numbers = torch.arange(1, regions.shape[1] + 1, device=regions.device)
+    return (regions * numbers.reshape(-1, *[1] * (regions.ndim - 2))).amax(1)
+
+
+def _full_resolution(target: Tensor | list[Tensor]) -> Tensor:
+    return target[0] if isinstance(target, list) else target

@@ -1,0 +1,63 @@
+"""nnU-Net's supervised loss, also on patches of which only some voxels are known."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+UNKNOWN = -1  # target value of voxels that are not known, where the task has no ignore label of its own
+
+
+class SupervisedLoss:
+    """nnU-Net's loss as a function of (logits, target) and, for partly known patches, of a mask.
+
+    Args:
+        loss: as ``nnUNetTrainer._build_loss`` makes it, with or without deep supervision.
+        ignore_label: of the task, or None.
+        has_regions: region-based training: the target has one channel per region, and with an ignore label one more.
+    """
+
+    def __init__(self, loss: nn.Module, ignore_label: int | None, has_regions: bool):
+        self.loss = loss
+        self.ignore_label = ignore_label
+        self.has_regions = has_regions
+        self._partial = _with_ignored_voxels(loss, UNKNOWN if ignore_label is None else ignore_label, has_regions)
+
+    def __call__(self, output: Tensor | list[Tensor], target: Tensor | list[Tensor], known: Tensor | None = None):
+        """The loss, a scalar.
+
+        Args:
+            output: logits (B, heads, X, Y, Z), or under deep supervision a list, highest resolution first.
+            target: of the same resolutions, as nnU-Net's loader gives it.
+            known: (B, 1, X, Y, Z) bool at the highest resolution; voxels that are False count nowhere, as nnU-Net
+                treats its ignore label. With all True the loss is nnU-Net's: bit for bit with softmax, up to rounding
+                with regions, whose cross-entropy nnU-Net averages in another order when there is a mask.
+        """
+        if known is None:
+            return self.loss(output, target)
+        if isinstance(target, list):
+            return self._partial(output, [self._mark(level, known) for level in target])
+        return self._partial(output, self._mark(target, known))
+
+    def _mark(self, target: Tensor, known: Tensor) -> Tensor:
+        if known.shape[2:] != target.shape[2:]:
+            known = F.interpolate(known.float(), target.shape[2:], mode="nearest-exact").bool()
+        if not self.has_regions:
+            return torch.where(known, target, UNKNOWN if self.ignore_label is None else self.ignore_label)
+        if self.ignore_label is None:
+            return torch.cat([target.bool(), ~known], 1)
+        return torch.cat([target[:, :-1].bool(), target[:, -1:].bool() | ~known], 1)
+
+
+def _with_ignored_voxels(loss: nn.Module, ignore_label: int, has_regions: bool) -> nn.Module:
+    """A copy of nnU-Net's loss that knows an ignore label: its own mechanism, for losses built without one."""
+    partial = copy.deepcopy(loss)
+    inner = getattr(partial, "loss", partial)  # the part that deep supervision wraps
+    if has_regions:
+        inner.use_ignore_label, inner.ce.reduction = True, "none"
+    else:
+        inner.ignore_label = inner.ce.ignore_index = ignore_label
+    return partial
