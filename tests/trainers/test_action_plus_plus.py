@@ -75,9 +75,8 @@ def test_adaptive_contrast_sees_labelled_voxels_of_teacher_and_student(kind, ign
     k = method.classes
     assert labels.reshape(k, 5).tolist() == [[c if present[c] else -1] * 5 for c in range(k)]
     assert present.tolist() == ([True, False] if ignore else [True] * k)
-    truth = class_indices(batch["target"], method.task.has_regions, method.task.ignore_label)[
-        :, ::2, ::2, ::2
-    ].flatten()
+    task = method.task
+    truth = class_indices(batch["target"], task.has_regions, task.ignore_label)[:, ::2, ::2, ::2].flatten()
     for c in range(k):
         assert not present[c] or (truth[positions[c]] == c).all()
 

@@ -300,7 +300,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint(tiny, tmp_path, monkeyp
     save = torch.save
 
     def dies(checkpoint, target):
-        if isinstance(target, str):
+        if isinstance(target, Path):
             Path(target).write_bytes(b"half")
             raise KeyboardInterrupt
         save(checkpoint, target)
