@@ -41,6 +41,12 @@ def class_indices(target: Tensor | list[Tensor], has_regions: bool, ignore_label
     return torch.where(known, disjoint_classes(regions), -1)
 
 
+def class_names(labels: dict[str, int | list[int]], has_regions: bool) -> list[str]:
+    """Names of the foreground classes of dataset.json's ``labels``, by value; with regions in their order there."""
+    names = [name for name in labels if name not in ("background", "ignore")]
+    return names if has_regions else sorted(names, key=lambda name: labels[name])
+
+
 def disjoint_classes(regions: Tensor) -> Tensor:
     """(B, R, X, Y, Z) bool to (B, X, Y, Z) int64 in [0, R]: 1 + the last region a voxel is in, as nnU-Net resolves."""
     numbers = torch.arange(1, regions.shape[1] + 1, device=regions.device)

@@ -14,6 +14,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from nnunetv2_semisup.errors import InputError
 
@@ -32,9 +33,19 @@ class SemiSupSettings:
     num_val_iterations_per_epoch: int = setting(50, "nnU-Net", "batches")
     unlabeled_batch_size: int | None = setting(None, "as many as labelled ones, the literature's choice", "patches")
     save_every_minutes: float = setting(10.0, "ours: at most this plus one epoch is lost", "minutes")
+    preset: Literal["default", "published"] = setting("default", "published: the paper's values for what is not set")
+    start_dice: float = setting(0.5, "ours: online Dice that every class must reach before the terms start; 0: at once")
+    start_latest: float = setting(0.3, "ours: then they start for classes that have reached it", "share of training")
+    ramp_share: float = setting(0.2, "ours: ramp of all terms from the start on; 0: none", "share of what is left")
+    guards: bool = setting(True, "ours: absent and vanishing classes count less, see docs")
     deterministic_seed: int | None = setting(None, "ours: weights, loaders and noise; exact with nnUNet_n_proc_DA=0")
 
+    #: The paper's values where the defaults differ, for ``preset = published``; a subclass adds to those of its base.
+    published: ClassVar[dict[str, Any]] = {"start_dice": 0.0, "ramp_share": 0.0, "guards": False}
+
     def __post_init__(self):
+        for key in ("start_dice", "start_latest", "ramp_share"):
+            self.require(0 <= getattr(self, key) <= 1, key, "in [0, 1]")
         self.require(self.num_epochs >= 1, "num_epochs", "at least 1")
         self.require(self.num_iterations_per_epoch >= 1, "num_iterations_per_epoch", "at least 1")
         self.require(self.num_val_iterations_per_epoch >= 1, "num_val_iterations_per_epoch", "at least 1")
@@ -50,6 +61,8 @@ class SemiSupSettings:
 
 def resolve(settings_class: type[SemiSupSettings], overrides: dict, where: str) -> SemiSupSettings:
     """Build the settings with ``overrides``, checking names and types.
+
+    With ``preset = published`` what ``overrides`` does not name has the paper's value.
 
     Args:
         settings_class: the method's dataclass.
@@ -68,6 +81,8 @@ def resolve(settings_class: type[SemiSupSettings], overrides: dict, where: str) 
         if key not in known:
             raise InputError(f"{where}: unknown setting {key!r}; known are {', '.join(sorted(known))}")
         values[key] = _checked(value, hints[key], f"{where}: {key}")
+    if values.get("preset") == "published":
+        values = settings_class.published | values
     try:
         return settings_class(**values)
     except InputError as error:

@@ -129,11 +129,14 @@ class TinyDataset:
     def trainer(
         self, name: str, configuration: str = "3d_fullres", *, fold="all", resume=False, plans=None, **settings
     ):
-        """A trainer on the CPU; keyword arguments are settings of its method."""
+        """A trainer on the CPU; keyword arguments are settings of its method.
+
+        Its terms are on from the first step: the burn-in has tests of its own, which set ``start_dice``.
+        """
         trainer_class = getattr(trainers, name)
         plans = copy.deepcopy(plans or self.plans)
-        if settings:
-            plans["semisup"] = {trainer_class.base_name(): settings}
+        if name != "nnUNetTrainer":
+            plans["semisup"] = {trainer_class.base_name(): {"start_dice": 0.0, "ramp_share": 0.0, **settings}}
         plans["continue_training"] = resume
         return trainer_class(plans, configuration, fold, self.dataset_json, torch.device("cpu"))
 

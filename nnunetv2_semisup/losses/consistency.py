@@ -18,19 +18,34 @@ def probabilities(logits: Tensor, regions: bool) -> Tensor:
     return torch.sigmoid(logits) if regions else torch.softmax(logits, 1)
 
 
-def mean_squared_difference(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over batch, heads and voxels of (student - teacher)^2.
+def weighted_mean(values: Tensor, weights: Tensor, present: Tensor | None = None) -> Tensor:
+    """Mean over heads of weights * values, over those alone that are present; 0 if none is.
+
+    Args:
+        values: (heads,) float.
+        weights: (heads,) float in [0, 1].
+        present: (heads,) bool, or None for all.
+    """
+    if present is None:
+        return (weights * values).mean()
+    return (weights * torch.where(present, values, 0)).sum() / present.sum().clamp(min=1)
+
+
+def mean_squared_difference(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Mean over batch, heads and voxels of weight * (student - teacher)^2.
 
     Args:
         student: (B, heads, X, Y, Z) float32 probabilities, carry the gradient.
         teacher: the same shape, no gradient.
+        weights: (heads,) in [0, 1], how much each head counts.
 
     Returns:
         Scalar in [0, 1].
 
     Reference: Tarvainen & Valpola, NeurIPS 2017, equation 1 with the mean squared error.
     """
-    return torch.mean((student - teacher) ** 2)
+    squares = (student - teacher) ** 2
+    return torch.mean(squares * weights.reshape(1, -1, *[1] * (squares.ndim - 2)))
 
 
 def decide(probabilities: Tensor, regions: bool) -> Tensor:
@@ -58,22 +73,19 @@ def agreement(student: Tensor, teacher: Tensor, regions: bool) -> Tensor:
 
 
 def squared_dice(student: Tensor, target: Tensor, smooth: float) -> Tensor:
-    """Mean over heads of 1 - (2 sum p q + s) / (sum p^2 + sum q^2 + s), sums over batch and voxels; 0 for p = q.
+    """(heads,): 1 - (2 sum p q + s) / (sum p^2 + sum q^2 + s), sums over batch and voxels; 0 for p = q.
 
     Args:
         student: p, (B, heads, X, Y, Z) float32 probabilities, carry the gradient.
         target: q, the same shape, no gradient.
         smooth: s.
 
-    Returns:
-        Scalar in [0, 1].
-
     Reference: SS-Net (Wu et al., MICCAI 2022), released code for ACDC.
     """
     axes = [0, *range(2, student.ndim)]
     overlap = (student * target).sum(axes)
     sizes = student.square().sum(axes) + target.square().sum(axes)
-    return (1 - (2 * overlap + smooth) / (sizes + smooth)).mean()
+    return 1 - (2 * overlap + smooth) / (sizes + smooth)
 
 
 def joint_linear_dice(student: Tensor, target: Tensor, smooth: float) -> Tensor:
@@ -82,7 +94,7 @@ def joint_linear_dice(student: Tensor, target: Tensor, smooth: float) -> Tensor:
     For softmax probabilities this is 1 - mean over voxels of sum_c p_c q_c, which is 0 for p = q only if both are
     certain: it also acts as an entropy term.
 
-    Args and Returns: as :func:`squared_dice`.
+    Args: as :func:`squared_dice`.
 
     Reference: SS-Net (Wu et al., MICCAI 2022), released code for LA.
     """

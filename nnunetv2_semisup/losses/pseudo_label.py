@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunetv2_semisup.losses.consistency import probabilities
+from nnunetv2_semisup.losses.consistency import probabilities, weighted_mean
 
 
 class PseudoLabel(NamedTuple):
@@ -42,43 +42,68 @@ def mix(inside: PseudoLabel, outside: PseudoLabel, box: Tensor) -> PseudoLabel:
     return PseudoLabel(*(torch.where(box, a, b) for a, b in zip(inside, outside, strict=True)))
 
 
-def masked_dice(
-    student: Tensor, target: PseudoLabel, threshold: float, regions: bool, include_background: bool, smooth: float
-) -> Tensor:
-    """Mean over classes of 1 - (2 sum k p y + s) / (sum k y + sum k p^2 + s), sums over batch and voxels.
+def kept(target: PseudoLabel, threshold: float, weights: Tensor, regions: bool) -> Tensor:
+    """How much each voxel counts, float32 of the label's shape: 0 below ``threshold``, else the weight of its class.
 
-    k keeps the voxels whose confidence is at least ``threshold``. With none kept the loss is 0 and has no gradient.
+    Args:
+        target: pseudo-label.
+        threshold: confidence that a voxel needs.
+        weights: (heads,) in [0, 1], how much each head counts.
+        regions: True: a voxel counts per head, with the head's weight.
+    """
+    confident = (target.confidence >= threshold).float()
+    if regions:
+        return confident * weights.reshape(1, -1, *[1] * (confident.ndim - 2))
+    return confident * weights[target.label]
+
+
+def masked_dice(
+    student: Tensor,
+    target: PseudoLabel,
+    keep: Tensor,
+    weights: Tensor,
+    regions: bool,
+    include_background: bool,
+    smooth: float,
+    skip_absent: bool,
+) -> Tensor:
+    """Weighted mean over classes of 1 - (2 sum k p y + s) / (sum k y + sum k p^2 + s), sums over batch and voxels.
+
+    k is how much a voxel counts. With no voxel kept the loss is 0 and has no gradient.
 
     Args:
         student: (B, heads, X, Y, Z) float32 probabilities, carry the gradient.
         target: of the same patches.
-        threshold: confidence below which a voxel counts nowhere.
+        keep: k, see :func:`kept`.
+        weights: (heads,) in [0, 1], of the classes.
         regions: True: every head is a class of its own.
         include_background: False leaves out class 0; without effect for regions, which have none.
         smooth: s.
+        skip_absent: leave out classes without a kept voxel of theirs: their Dice would push them to 0 everywhere.
 
     Returns:
         Scalar in [0, 1].
 
     Reference: CrossMatch (Zhao et al., JBHI 2024), released code.
     """
-    keep = (target.confidence >= threshold).float()
     if regions:
         truth = target.label.float()
     else:
         classes = torch.arange(student.shape[1], device=student.device).reshape(1, -1, *[1] * (student.ndim - 2))
         truth = (target.label == classes).float()
         if not include_background:
-            student, truth = student[:, 1:], truth[:, 1:]
+            student, truth, weights = student[:, 1:], truth[:, 1:], weights[1:]
     axes = [0, *range(2, student.ndim)]
-    kept = student * keep
-    intersection = (kept * truth).sum(axes)
-    sizes = (keep * truth).sum(axes) + (kept * student).sum(axes)
-    return (1 - (2 * intersection + smooth) / (sizes + smooth)).mean()
+    counted = student * keep
+    intersection = (counted * truth).sum(axes)
+    volumes = (keep * truth).sum(axes)
+    sizes = volumes + (counted * student).sum(axes)
+    losses = 1 - (2 * intersection + smooth) / (sizes + smooth)
+    return weighted_mean(losses, weights, volumes > 0 if skip_absent else None)
 
 
 def confidence_weighted_cross_entropy(
-    logits: Tensor, target: PseudoLabel, threshold: float, regions: bool
+    logits: Tensor, target: PseudoLabel, threshold: float, weights: Tensor, regions: bool
 ) -> tuple[Tensor, Tensor]:
     """Mean of omega_b * CE over all voxels whose CE is above 0; omega_b is the share of confident voxels of patch b.
 
@@ -88,6 +113,7 @@ def confidence_weighted_cross_entropy(
         logits: (B, heads, X, Y, Z), carry the gradient.
         target: of the same patches; voxels with the label -1 (regions: in any head) do not exist.
         threshold: confidence from which a voxel is confident; with regions all heads must reach it.
+        weights: (heads,) in [0, 1]: factor of the CE of voxels of each class, with regions of each head.
         regions: True: CE is the mean over heads of the binary cross-entropy.
 
     Returns:
@@ -99,9 +125,10 @@ def confidence_weighted_cross_entropy(
         known = (target.label >= 0).all(1)
         label = target.label.clamp(min=0)
         if regions:
-            ce = F.binary_cross_entropy_with_logits(logits.float(), label.float(), reduction="none").mean(1)
+            ce = F.binary_cross_entropy_with_logits(logits.float(), label.float(), reduction="none")
+            ce = (ce * weights.reshape(1, -1, *[1] * (ce.ndim - 2))).mean(1)
         else:
-            ce = F.cross_entropy(logits.float(), label[:, 0], reduction="none")
+            ce = F.cross_entropy(logits.float(), label[:, 0], reduction="none") * weights[label[:, 0]]
         confident = (target.confidence.amin(1) >= threshold) & known
         weights = confident.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
         counted = known & (ce.detach() > 0)

@@ -82,14 +82,19 @@ def compile_taps(network: nn.Module) -> None:
     network.semisup_compiled_taps = True
 
 
-def use_channels_last(network: nn.Module) -> None:
+def use_channels_last(network: nn.Module, *others: nn.Module) -> None:
     """Lay the weights out channels last, in place: the same function up to rounding, faster convolutions on CPUs.
+
+    Args:
+        network: decides on 2D or 3D.
+        others: modules of the same dimensions.
 
     Measured with the CPU preset on 2 cores: 0.20 s instead of 0.36 s for forward and backward of two patches. Keys,
     shapes and checkpoints do not change.
     """
     is_3d = any(parameter.dim() == 5 for parameter in network.parameters())
-    network.to(memory_format=torch.channels_last_3d if is_3d else torch.channels_last)
+    for module in (network, *others):
+        module.to(memory_format=torch.channels_last_3d if is_3d else torch.channels_last)
 
 
 def check_supported(network: nn.Module) -> None:

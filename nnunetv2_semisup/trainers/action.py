@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,9 @@ class ACTIONSettings(SemiSupSettings):
     """The paper's values where it has them, else those of the released code; docs/methods/action.md compares them."""
 
     stage_fractions: tuple[float, ...] = setting(
-        (0.25, 0.25, 0.5), "paper: 100 + 100 + 200 epochs", "share of training"
+        (0.0, 1 / 3, 2 / 3), "published: 0.25, 0.25, 0.5; stage one learns from no label, see docs", "share of training"
     )
-    lr_restart: bool = setting(True, "code: each stage has its own poly curve; false: one curve for the run")
+    lr_restart: bool = setting(False, "published: true, each stage has its own poly curve; false: one for the run")
     stage1_supervised: bool = setting(False, "paper, code; true adds the supervised loss if stage one is unstable")
     w_global: float = setting(1.0, "code: weight of the global distillation, stages one and two")
     w_local: float = setting(1.0, "code: weight of the local distillation, stage two")
@@ -83,6 +83,12 @@ class ACTIONSettings(SemiSupSettings):
     negatives: int = setting(512, "paper, code", "voxels per query")
     tau_classes: float = setting(0.5, "code: temperature of the classes of negatives")
 
+    published: ClassVar[dict[str, Any]] = {
+        **SemiSupSettings.published,
+        "stage_fractions": (0.25, 0.25, 0.5),
+        "lr_restart": True,
+    }
+
     def __post_init__(self):
         super().__post_init__()
         s = self.stage_fractions
@@ -91,6 +97,10 @@ class ACTIONSettings(SemiSupSettings):
         enough = next(n for n in count(self.num_epochs) if self._each_stage_has_an_epoch(n))
         self.require(
             enough == self.num_epochs, "num_epochs", f"such that each stage has an epoch; the next such is {enough}"
+        )
+        early = self.lr_restart or (s[0] > 0 and not self.stage1_supervised)
+        self.require(
+            self.start_dice == 0 or not early, "start_dice", "0 with lr_restart or with a stage one without labels"
         )
         for key in ("w_global", "w_local", "w_unsup", "w_anco"):
             self.require(getattr(self, key) >= 0, key, "0 or more")
@@ -307,6 +317,7 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         s, regions = self.settings, self.task.has_regions
         with torch.no_grad():
             label = pseudo_label(taps.logits(self.teacher.module, images), regions)
+            self.note_pseudo_labels(label.label > 0 if regions else label.label[:, 0])
             mixed, label = self._mixed(images, label)
             mixed = self._strong_view(mixed)
             labelled_classes = class_indices(labelled["target"], regions, self.task.ignore_label)
@@ -316,7 +327,8 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         terms: Group = {}
         if s.w_unsup:
             logits = taps.full_resolution(mixed_output)
-            value, confident = confidence_weighted_cross_entropy(logits, label, s.confident, regions)
+            weights = self.head_weights
+            value, confident = confidence_weighted_cross_entropy(logits, label, s.confident, weights, regions)
             terms["pseudo_label"] = (s.w_unsup, value)
             self.diagnostics["share_confident"] = confident.mean()
         contrasted = {k: w for k, w in self.stage_weights(3).items() if w > 0 and k != "pseudo_label"}
@@ -347,8 +359,12 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
 
     def _pseudo_classes(self, label: PseudoLabel) -> Tensor:
         """(B, X, Y, Z) int64 classes of a pseudo-label, -1 where it is not confident enough to be contrasted."""
-        classes = disjoint_classes(label.label > 0) if self.task.has_regions else label.label[:, 0]
-        return torch.where(label.confidence.amin(1) >= self.settings.weak_threshold, classes, -1)
+        known = label.confidence.amin(1) >= self.settings.weak_threshold
+        if self.task.has_regions:
+            known = known & (self.head_weights > 0).all()
+            return torch.where(known, disjoint_classes(label.label > 0), -1)
+        classes = label.label[:, 0]
+        return torch.where(known & (self.head_weights[classes.clamp(min=0)] > 0), classes, -1)
 
     def _voxels(self, levels: list[Tensor], mixed_levels: list[Tensor], classes: Tensor, logits: Tensor) -> Voxels:
         """Everything on the grid of the second decoder level; ``classes`` and ``logits`` of both streams come whole."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from nnunetv2_semisup.memory.queue import Queue, random_unit_rows
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.teacher import MovingAverage
 from nnunetv2_semisup.schedules import cosine_temperature
-from nnunetv2_semisup.settings import setting
+from nnunetv2_semisup.settings import SemiSupSettings, setting
 from nnunetv2_semisup.trainers.action import ACTION, ACTIONSettings, Voxels, thinned
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import TaskInfo
@@ -42,6 +42,8 @@ class ACTIONPlusPlusSettings(ACTIONSettings):
     voxels: int = setting(256, "code: labelled voxels per class and step")
     voxel_queue_size: int = setting(12288, "code: earlier teacher embeddings", "voxels")
     centroid_decay: float = setting(0.9, "code: moving average of the class means", "per step")
+
+    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "lr_restart": True}
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from time import time
 from typing import ClassVar
@@ -27,17 +28,20 @@ from nnunetv2_semisup import __version__, files
 from nnunetv2_semisup import settings as settings_module
 from nnunetv2_semisup.data import folders, loader, preprocess, splits
 from nnunetv2_semisup.errors import InputError, TrainingFailed
+from nnunetv2_semisup.labels import class_names
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.settings import SemiSupSettings
 from nnunetv2_semisup.trainers.method import SemiSupMethod, TaskInfo
 from nnunetv2_semisup.training import checkpoints, streams
-from nnunetv2_semisup.training.distributed import broadcast_state, is_distributed
+from nnunetv2_semisup.training.distributed import broadcast_state, is_distributed, mean_over_processes
 from nnunetv2_semisup.training.learning_rate import RestartingPolyLR
 from nnunetv2_semisup.training.log import TrainingLog
-from nnunetv2_semisup.training.step import StepResult, back_propagate, finish_step
+from nnunetv2_semisup.training.start import Start
+from nnunetv2_semisup.training.step import Group, StepResult, back_propagate, finish_step
 from nnunetv2_semisup.training.stopping import StopRequest
 from nnunetv2_semisup.training.supervised import SupervisedLoss
 
+MAX_CASES_FOR_VOLUMES = 20  # labelled cases that the guard of vanishing classes reads
 MAX_OVERFLOWS_IN_A_ROW = 20  # a GradScaler that starts at 2^16 has passed every sensible scale by then
 
 
@@ -70,6 +74,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self._stop = StopRequest()
         self._weights = checkpoints.NetworkWeights()
         self._stage = 1  # the last one that the method entered
+        self._labelled_volumes: list[float] = []  # -> on_train_start
+        names = class_names(dataset_json["labels"], self.label_manager.has_regions)
+        s = self.settings
+        self._start = Start(names, not self.label_manager.has_regions, s.start_dice, s.start_latest, s.ramp_share)
 
     # ---------------------------------------------------------------------------------------------------- set-up
 
@@ -92,8 +100,6 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             torch.manual_seed(self.settings.deterministic_seed)
         super().initialize()
         taps.check_supported(self.bare_network)
-        if self.device.type == "cpu" and not self.is_supervised:
-            taps.use_channels_last(self.bare_network)
         if self._do_i_compile():
             # In place: the keys stay stock. The taps serve training, the plain call serves validation.
             taps.compile_taps(self.bare_network)
@@ -114,6 +120,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if len(self.method.learning_rate_starts) > 1:
             starts = self.method.learning_rate_starts
             self.lr_scheduler = RestartingPolyLR(self.optimizer, self.initial_lr, starts, self.num_epochs)
+        if self._start.started:
+            self._prepare_terms()
 
     def _do_i_compile(self):
         # nnU-Net asks this right after it has built the network, to wrap it whole. Answer no at that one place: we
@@ -138,10 +146,15 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         return bool(weights) and stock_else and not any(getattr(self.settings, name) for name in weights)
 
     @property
+    def _steps(self) -> tuple[int, int]:
+        """Optimiser steps done, and of the whole training."""
+        done = self.current_epoch * self.num_iterations_per_epoch + self._steps_in_epoch
+        return done, self.num_epochs * self.num_iterations_per_epoch
+
+    @property
     def progress(self) -> float:
-        """Share of optimiser steps done, in [0, 1)."""
-        steps = self.current_epoch * self.num_iterations_per_epoch + self._steps_in_epoch
-        return steps / (self.num_epochs * self.num_iterations_per_epoch)
+        """Share of the optimiser steps since the method's start that are done, in [0, 1)."""
+        return self._start.progress(*self._steps)
 
     @property
     def _loader_seed(self) -> int | None:
@@ -234,6 +247,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             np.random.seed(self._loader_seed)
         if not self._resumed:
             self.method.reset(self.bare_network)
+        if self.settings.guards and not self.is_supervised:
+            self._labelled_volumes = self._measure_labelled_volumes()
         broadcast_state(self.bare_network, self.method)
         super().on_train_start()
         if self.local_rank == 0:
@@ -255,8 +270,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         unlabelled = labelled.pop("unlabelled")
         self.optimizer.zero_grad(set_to_none=True)
         self.method.diagnostics.clear()
-        self._enter_stage()
-        groups = self.method.losses(self.bare_network, labelled, unlabelled, self.progress)
+        groups = self._groups(labelled, unlabelled)
         weights, values = back_propagate(groups, self._autocast, self.grad_scaler)
         result = finish_step(
             weights,
@@ -270,7 +284,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         )
         self._stop.agreed = result.stop
         self._check_finite(result, batch)
-        if not result.overflow:
+        if self._start.started and not result.overflow:
             self.method.after_step(self.bare_network)
         self._steps_in_epoch += 1
         self._log_step(result)
@@ -278,6 +292,16 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self._save_and_leave()
         # nnU-Net plots this beside the validation loss, so it is the supervised term where there is one.
         return {"loss": np.float32(result.scalars.get("loss_supervised", result.total))}
+
+    def _groups(self, labelled: dict, unlabelled: dict) -> Iterator[Group]:
+        """nnU-Net's own step before the start, then the method's groups with their ramp."""
+        if not self._start.started:
+            yield self.method.supervised(self.bare_network, labelled)
+            return
+        self._enter_stage()
+        ramp = self._start.ramp(*self._steps)
+        for group in self.method.losses(self.bare_network, labelled, unlabelled, self.progress):
+            yield {k: (w if k == "supervised" else w * ramp, value) for k, (w, value) in group.items()}
 
     def _enter_stage(self) -> None:
         stage = self.method.stage(self.progress)
@@ -317,8 +341,12 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         return autocast(self.device.type, cache_enabled=False)
 
     def on_epoch_end(self):
+        steps, total = self._steps
+        ramp = self._start.ramp(steps, total)
+        row = self.training_log.end_epoch(self.current_epoch, progress=steps / total, ramp=ramp)
+        if not self.is_supervised:
+            self._end_epoch_of_start(row)
         if self.local_rank == 0:
-            row = self.training_log.end_epoch(self.current_epoch, progress=self.progress)
             self.training_log.write_csv(Path(self.output_folder, "semisup_log.csv"))
             self.training_log.draw(Path(self.output_folder, "semisup_progress.png"))
             for external in self.logger.loggers:
@@ -334,6 +362,49 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if due:
             self._last_save = time()
 
+    def _end_epoch_of_start(self, row: dict[str, float]) -> None:
+        """Decide whether the method's terms start, and how much each class counts in the next epoch."""
+        was_started = self._start.started
+        dice = self.logger.get_value("dice_per_class_or_region", -1)
+        messages = self._start.after_epoch(dice, *self._steps)
+        first = int(not self.label_manager.has_regions)
+        volumes = [row.get(f"share_volume_{first + i}", math.nan) for i in range(len(self._start.names))]
+        if self._labelled_volumes and not any(map(math.isnan, volumes)):
+            messages += self._start.note_volumes(mean_over_processes(volumes), self._labelled_volumes)
+        if self._start.started and not was_started:
+            self._prepare_terms()
+            self.method.reset(self.bare_network)
+        elif self.settings.guards:
+            self._weigh_heads()
+        for message in messages:
+            self.print_to_log_file(message)
+
+    def _prepare_terms(self) -> None:
+        """Before the first step with the method's terms. Until then the step is nnU-Net's, the weights' layout too."""
+        if self.device.type == "cpu" and not self.is_supervised:
+            taps.use_channels_last(self.bare_network, self.method)
+        if self.settings.guards:
+            self._weigh_heads()
+
+    def _weigh_heads(self) -> None:
+        self.method.head_weights.copy_(torch.tensor(self._start.head_weights()))
+
+    def _measure_labelled_volumes(self) -> list[float]:
+        """Share of the voxels of each foreground class in the labelled training cases, padded to the patch size."""
+        cases = self.do_split()[0]
+        chosen = cases[:: -(-len(cases) // MAX_CASES_FOR_VOLUMES)]
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, chosen)
+        manager, patch = self.label_manager, self.configuration_manager.patch_size
+        regions = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        shares = []
+        for case in chosen:
+            segmentation = np.asarray(dataset.load_case(case)[1][0])
+            size = segmentation.shape[-len(patch) :]
+            padding = math.prod(max(n, p) for n, p in zip(size, patch, strict=True)) / math.prod(size)
+            known = segmentation.size if manager.ignore_label is None else (segmentation != manager.ignore_label).sum()
+            shares.append([np.isin(segmentation, region).sum() / max(1, known * padding) for region in regions])
+        return np.mean(shares, 0).tolist()
+
     def _before_best_checkpoint(self) -> None:
         """Let nnU-Net's moving average of the Dice, which decides on the best checkpoint, start with the labels."""
         first = self.method.first_supervised_epoch
@@ -345,8 +416,12 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     # ------------------------------------------------------------------------------------------------------ validation
 
+    def _inference_network(self) -> nn.Module:
+        """The student before the start: a teacher would be what it was at the beginning."""
+        return self.method.inference_network(self.bare_network) if self._start.started else self.bare_network
+
     def on_validation_epoch_start(self):
-        self._weights.use_inference(self.bare_network, self.method.inference_network(self.bare_network))
+        self._weights.use_inference(self.bare_network, self._inference_network())
         super().on_validation_epoch_start()
 
     def validation_step(self, batch: dict) -> dict:
@@ -360,7 +435,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self._weights.use_training(self.bare_network)
 
     def perform_actual_validation(self, save_probabilities: bool = False):
-        with self._weights.inference(self.bare_network, self.method.inference_network(self.bare_network)):
+        with self._weights.inference(self.bare_network, self._inference_network()):
             super().perform_actual_validation(save_probabilities)
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
@@ -370,7 +445,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             return super().save_checkpoint(filename)
         # nnU-Net builds the dictionary and writes it in one go, so let it write to memory, add our key, write the file.
         buffer = io.BytesIO()
-        inference = self.method.inference_network(self.bare_network)
+        inference = self._inference_network()
         with self._weights.inference(self.bare_network, inference) as training_weights:
             super().save_checkpoint(buffer)
         buffer.seek(0)
@@ -381,6 +456,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             "settings": settings_module.as_json(self.settings),
             "method": self.method.state_dict(),
             "stage": self._stage,
+            "start": self._start.state(),
             "log": self.training_log.rows,
             "training_weights": training_weights,
         }
@@ -395,6 +471,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             super().load_checkpoint(filename_or_checkpoint)
             self.method.load_state_dict(ours["method"])
             self._stage = ours["stage"]
+            if "start" in ours:
+                self._start.load(ours["start"])
+            else:  # version 0.1.0
+                self._start.start_at_once()
         except (RuntimeError, ValueError) as error:
             if not changed:
                 raise
@@ -403,6 +483,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             ) from error
         if ours["training_weights"] is not None:
             self.bare_network.load_state_dict(ours["training_weights"])
+        if self._start.started:
+            self._prepare_terms()
         self.training_log.rows = list(ours["log"])
         # A run that was stopped within an epoch repeats it: drop what nnU-Net's log has of it.
         for values in self.logger.local_logger.get_checkpoint().values():

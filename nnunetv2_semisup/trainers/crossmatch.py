@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_semisup.losses.consistency import probabilities
-from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, masked_dice, mix, pseudo_label
+from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, kept, masked_dice, mix, pseudo_label
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.perturbations.feature import draw_channel_masks, drop_channels
 from nnunetv2_semisup.perturbations.image import apply_strong_view, draw_boxes, draw_strong_view
@@ -33,7 +33,7 @@ class CrossMatchSettings(SemiSupSettings):
     """Published versions, converted to nnU-Net's CE + Dice, which is twice the published supervised loss.
 
     Released code for ACDC: w_s1, w_s2, w_kd = 0.5, 0.5, 1 (default). For LA: 0.5, 0.5, 2, conf_mode ramp_ln2,
-    conf_tau 0.75, dice_include_background false. First release (2024) and paper: 1, 1, 2. All without warm-up.
+    conf_tau 0.75, dice_include_background false. First release (2024) and paper: 1, 1, 2.
     """
 
     w_s1: float = setting(0.5, "released ACDC code: 0.25, doubled")
@@ -43,9 +43,6 @@ class CrossMatchSettings(SemiSupSettings):
     conf_mode: Literal["fixed", "ramp_ln2"] = setting("fixed", "ACDC code; ramp_ln2: LA code, an entropy's threshold")
     conf_tau: float = setting(0.85, "paper's ablation; meaningful for any number of classes", "probability")
     conf_ramp_fraction: float = setting(17 / 14, "LA code: 17,000 of 14,000 iterations; ramp_ln2", "share of training")
-    warm_up_fraction: float = setting(
-        0.4, "ours: ramp of the three weights, see docs/methods/crossmatch.md; paper and code: 0", "share of training"
-    )
     p_weak: float = setting(0.25, "code: channel dropout of the weak feature view", "probability")
     p_strong: float = setting(0.75, "code: channel dropout of the strong feature view", "probability")
     strong_intensity_probability: float = setting(0.8, "LA code: bias field and gamma", "probability")
@@ -59,7 +56,7 @@ class CrossMatchSettings(SemiSupSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("w_s1", "w_s2", "w_kd", "warm_up_fraction", "conf_ramp_fraction"):
+        for key in ("w_s1", "w_s2", "w_kd", "conf_ramp_fraction"):
             self.require(getattr(self, key) >= 0, key, "0 or more")
         for key in ("eta", "conf_tau", "strong_intensity_probability", "strong_blur_probability", "box_probability"):
             self.require(0 <= getattr(self, key) <= 1, key, "in [0, 1]")
@@ -107,8 +104,7 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         s = self.settings
         if s.w_s1 or s.w_s2 or s.w_kd:
-            scale = sigmoid_ramp_up(progress, s.warm_up_fraction)
-            teacher, decoder = scale * s.w_kd * (1 - s.eta) / 4, scale * s.w_kd * s.eta / 2
+            teacher, decoder = s.w_kd * (1 - s.eta) / 4, s.w_kd * s.eta / 2
             dice = partial(self._dice, threshold=self.threshold(progress))
             patches = unlabelled["data"]
             partners = unlabelled["partners"] if self.wants_partners else patches.roll(1, 0)
@@ -116,9 +112,9 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
             own, terms = self._weak_view(network, patches, dice)
             yield {name: (teacher, value) for name, value in terms.items()}
             others = self._labels_of_partners(network, partners, own)
-            yield {"image_1": (scale * s.w_s1, self._first_strong_view(network, patches, partners, own, others, dice))}
+            yield {"image_1": (s.w_s1, self._first_strong_view(network, patches, partners, own, others, dice))}
             terms = self._second_strong_view(network, patches, partners, own, others, dice)
-            weights = {"image": scale * s.w_s2, "teacher": teacher, "decoder": decoder}
+            weights = {"image": s.w_s2, "teacher": teacher, "decoder": decoder}
             yield {name: (weights[name.split("_")[0]], value) for name, value in terms.items()}
         yield self.supervised(network, labelled)
 
@@ -138,6 +134,7 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
             clean = taps.logits_of(network, [skip.detach() for skip in skips])
         weak, strong = (taps.logits_of(network, view) for view in self._feature_views(skips))
         labels = [pseudo_label(logits, self.task.has_regions) for logits in (clean, weak, strong)]
+        self.note_pseudo_labels(labels[0].label > 0 if self.task.has_regions else labels[0].label[:, 0])
         self._note(labels, dice.keywords["threshold"])
         return labels, {"teacher_1": dice(weak, labels[0]), "teacher_2": dice(strong, labels[0])}
 
@@ -190,12 +187,13 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
     def _dice(self, logits: Tensor, target: PseudoLabel, threshold: float) -> Tensor:
         s, regions = self.settings, self.task.has_regions
         student = probabilities(logits, regions)
-        return masked_dice(student, target, threshold, regions, s.dice_include_background, s.dice_smooth)
+        keep = kept(target, threshold, self.head_weights, regions)
+        background, smooth = s.dice_include_background, s.dice_smooth
+        return masked_dice(student, target, keep, self.head_weights, regions, background, smooth, skip_absent=s.guards)
 
     def _note(self, labels: list[PseudoLabel], threshold: float) -> None:
         for name, label in zip(("clean", "weak_features", "strong_features"), labels, strict=True):
             self.diagnostics[f"share_confident_{name}"] = (label.confidence >= threshold).float().mean()
-        self.diagnostics["share_of_foreground"] = (labels[0].label > 0).float().mean()
 
 
 class nnUNetTrainerCrossMatch(nnUNetTrainerSemiSup):

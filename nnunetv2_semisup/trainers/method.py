@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from nnunetv2_semisup.network import taps
@@ -47,6 +48,8 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
     Attributes:
         diagnostics: scalars of the step for the log, no gradient; shares in [0, 1] are named ``share_<what>``. The
             trainer empties it before each step.
+        head_weights: (heads,) in [0, 1]: how much each head counts in the terms that rest on predictions. All 1 unless
+            the trainer's burn-in or guards say otherwise; the trainer sets and saves it.
     """
 
     settings_class: ClassVar[type[SemiSupSettings]] = SemiSupSettings
@@ -67,6 +70,7 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
         self.task = task
         self.settings = settings
         self.diagnostics: dict[str, Tensor] = {}
+        self.register_buffer("head_weights", torch.ones(task.num_heads), persistent=False)
 
     @classmethod
     def unsupported(cls, task: TaskInfo, settings: Settings) -> str | None:
@@ -92,7 +96,7 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
                 what :meth:`labelled_transform` adds.
             unlabelled: ``data`` (U, C, X, Y, Z) float32, spatially augmented only; ``keys``; with ``wants_partners``
                 also ``partners``, shaped as ``data``. There is no target.
-            progress: share of optimiser steps done, in [0, 1).
+            progress: share of the optimiser steps since the method's start that are done, in [0, 1).
         """
         raise NotImplementedError
 
@@ -109,6 +113,16 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
         output, _ = taps.decode(network, taps.encode(network, labelled["data"]))
         return {"supervised": (1.0, self.task.supervised_loss(output, labelled["target"]))}
 
+    def note_pseudo_labels(self, decided: Tensor) -> None:
+        """Log how much of the unlabelled patches each class takes: the trainer's guard against vanishing reads it.
+
+        Args:
+            decided: (B, X, Y, Z) int64 class of what the terms learn from; with regions (B, heads, X, Y, Z) bool.
+        """
+        for head in range(0 if self.task.has_regions else 1, self.task.num_heads):
+            mask = decided[:, head] if self.task.has_regions else decided == head
+            self.diagnostics[f"share_volume_{head}"] = mask.float().mean()
+
     def stage(self, progress: float) -> int:
         """The stage at ``progress``, from 1; most methods have one."""
         return 1
@@ -120,7 +134,7 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
         """Update teacher or banks after the optimiser's step; skipped when the step was."""
 
     def reset(self, network: nn.Module) -> None:
-        """Called once before a fresh run's first step, when ``network`` has its start (maybe pre-trained) weights."""
+        """Called once before the first step with the method's terms, when ``network`` has the weights to start from."""
 
     def inference_network(self, network: nn.Module) -> nn.Module:
         """The network whose weights are validated and written for prediction; same keys as ``network``."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nnunetv2_semisup.data.sdm import SignedDistanceMaps
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.losses.consistency import agreement, mean_squared_difference, probabilities
+from nnunetv2_semisup.losses.consistency import agreement, decide, mean_squared_difference, probabilities
 from nnunetv2_semisup.losses.contrastive import share_matched, symmetric_info_nce
 from nnunetv2_semisup.losses.pair_distillation import pair_distillation, similarity_difference, voxel_vectors
 from nnunetv2_semisup.losses.signed_distance import mean_squared_error_where_known
@@ -43,7 +43,7 @@ class SimCVDSettings(SemiSupSettings):
     gamma: float = setting(0.1, "paper, eq. 6: weight of the consistency")
     tau: float = setting(0.5, "paper: temperature of the contrast")
     ramp_terms: tuple[str, ...] = setting(("con",), "open: the subscript says con; of contrast, pd, con")
-    ramp_length: float = setting(1.0, "paper: all of the training; 0 = no ramp", "share of training")
+    ramp_length: float = setting(0.0, "a ramp of their own; published: 1, all of the training", "share")
     teacher_decay: float = setting(0.999, "paper", "per step")
     noise_std: float = setting(0.1, "not given; UA-MT", "normalised intensity")
     noise_clip: float = setting(0.2, "not given; UA-MT", "normalised intensity")
@@ -68,6 +68,8 @@ class SimCVDSettings(SemiSupSettings):
     pd_max_tokens: int = setting(2048, "ours: bottleneck voxels, averaged down to at most this many", "voxels")
     con_on_sdm: bool = setting(False, "open: figure 1 compares probabilities; true adds the SDMs")
     backbone_dropout: float = setting(0.0, "not mentioned; UA-MT's V-Net has 0.5 at the bottleneck", "probability")
+
+    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "ramp_length": 1.0}
 
     def __post_init__(self):
         super().__post_init__()
@@ -170,6 +172,7 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
         student = self._forward(network, images + self._noise(images))
         student_sdm = self._sdm(self.heads, student)
         student_probabilities = probabilities(student.logits, regions)
+        self.note_pseudo_labels(decide(teacher_probabilities, regions))
         agreeing = agreement(student_probabilities, teacher_probabilities, regions)
         self.diagnostics["share_teacher_student_agreement"] = agreeing
         terms = {}
@@ -178,9 +181,10 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
         if "pd" in weights:
             terms["pd"] = self._pair_distillation(student.bottleneck, teacher.bottleneck)
         if "con" in weights:
-            terms["con"] = mean_squared_difference(student_probabilities, teacher_probabilities)
+            terms["con"] = mean_squared_difference(student_probabilities, teacher_probabilities, self.head_weights)
             if s.con_on_sdm:
-                terms["con"] = terms["con"] + mean_squared_difference(student_sdm, teacher_sdm)
+                ones = torch.ones_like(student_sdm[0, :, :1].flatten()[: self.classes])
+                terms["con"] = terms["con"] + mean_squared_difference(student_sdm, teacher_sdm, ones)
         return {name: (weights[name], value) for name, value in terms.items()}
 
     def _forward(self, network: nn.Module, images: Tensor) -> Prediction:

@@ -10,14 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nnunetv2_semisup import labels
-from nnunetv2_semisup.losses.consistency import agreement, decide, joint_linear_dice, probabilities, squared_dice
+from nnunetv2_semisup.losses.consistency import (
+    agreement,
+    decide,
+    joint_linear_dice,
+    probabilities,
+    squared_dice,
+    weighted_mean,
+)
 from nnunetv2_semisup.losses.separation import cosine_distance_to_prototypes
 from nnunetv2_semisup.memory.prototypes import PrototypeMemory
 from nnunetv2_semisup.memory.sampling import sample_rows
@@ -46,7 +52,7 @@ class SSNetSettings(SemiSupSettings):
     lambda_max: float = setting(1.0, "LA code; ACDC code: 0.1. Weight of both terms after the ramp")
     lds_ratio: float = setting(1.0, "paper, code: weight of the smoothness term as a share of lambda", "share")
     cs_ratio: float = setting(0.1, "code: weight of the separation term as a share of lambda", "share")
-    ramp_fraction: float = setting(0.4, "LA code: 6,000 of 15,000 iterations; ACDC code: 1", "share of training")
+    ramp_fraction: float = setting(0.0, "a ramp of its own; published: 0.4, LA code, or 1, ACDC code", "share")
     lds_dice: Literal["per_class_squared", "joint_linear"] = setting("per_class_squared", "paper, ACDC code; LA code")
     lds_smooth: float = setting(1e-5, "ours: 1e-10 (ACDC code) makes the Dice of an absent class pure noise")
     vat_eps_rms: float = setting(0.01, "LA code: length 10 for 112 x 112 x 80 voxels", "normalised intensity")
@@ -58,6 +64,8 @@ class SSNetSettings(SemiSupSettings):
     proto_include_background: bool = setting(False, "code; the paper does not exclude it. No effect with regions")
     cs_max_rows: int = setting(8192, "ours: features per class, stream and step; code: all", "voxels")
     seg_ce_weight: float = setting(1.0, "nnU-Net; paper and code: 0, Dice alone")
+
+    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "ramp_fraction": 0.4, "seg_ce_weight": 0.0}
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,8 +115,6 @@ class SSNet(SemiSupMethod[SSNetSettings]):
         self.selectors = self._selectors()
         self.prototype_selectors = self._selectors() if settings.proto_attention == "normalised" else None
         self.memory = PrototypeMemory(len(self.classes), PROTOTYPES, WIDTH)
-        dice = squared_dice if settings.lds_dice == "per_class_squared" else joint_linear_dice
-        self._dice = partial(dice, smooth=settings.lds_smooth)
 
     def _selectors(self) -> nn.ModuleList:
         """One per class: a feature vector to how much it should count, before the sigmoid."""
@@ -151,6 +157,7 @@ class SSNet(SemiSupMethod[SSNetSettings]):
         with torch.set_grad_enabled(weight > 0):
             output, features = taps.decode(network, taps.encode(network, images))
         clean = self._clean(output)
+        self.note_pseudo_labels(decide(clean, self.task.has_regions))
         if not weight:
             return {}, clean
         predicted = self._predicted_voxels(clean)
@@ -209,7 +216,7 @@ class SSNet(SemiSupMethod[SSNetSettings]):
                 scores = self._scores(self.prototype_selectors, unit, filled)
                 prototype_weights = torch.sigmoid(scores) * filled
             distances = cosine_distance_to_prototypes(queries, weights, prototypes, prototype_weights)
-            return distances.sum() / self.task.num_heads
+            return (self.head_weights[list(self.classes)] * distances).sum() / self.task.num_heads
 
     def _scores(self, selectors: nn.ModuleList, rows: Tensor, valid: Tensor) -> Tensor:
         """(K, S): each class's selector on its rows (K, S, F), normalised over the valid ones (K, S)."""
@@ -224,6 +231,18 @@ class SSNet(SemiSupMethod[SSNetSettings]):
         self.diagnostics[f"share_direction_found_{stream}"] = found.float().mean()
         self.diagnostics[f"share_unmoved_{stream}"] = agreement(noisy, target, self.task.has_regions)
         return self._dice(noisy, target)
+
+    def _dice(self, student: Tensor, target: Tensor) -> Tensor:
+        """The chosen Dice against probabilities; with guards without classes that the target decides for nowhere."""
+        s, regions = self.settings, self.task.has_regions
+        if s.lds_dice == "joint_linear":
+            return joint_linear_dice(student, target, s.lds_smooth)
+        present = None
+        if s.guards:
+            decided = decide(target, regions)
+            masks = decided if regions else torch.stack([decided == c for c in range(self.task.num_heads)], 1)
+            present = masks.any(0).flatten(1).any(1)
+        return weighted_mean(squared_dice(student, target, s.lds_smooth), self.head_weights, present)
 
     def _adversarial_noise(self, network: nn.Module, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Noise (B, C, X, Y, Z) of one length per sample, no gradient; and where a direction was found, (B,) bool."""

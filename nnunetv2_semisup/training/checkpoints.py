@@ -71,7 +71,7 @@ def read_own_part(filename: str, trainer: str) -> dict[str, Any]:
             f"with -pretrained_weights {filename} if its network is to be the start"
         )
     ours = checkpoint[KEY]
-    if "stage" not in ours:  # version 0.1.0: ACTION kept the stage itself, 0 before the first step
+    if "stage" not in ours:  # version 0.1.0 had no burn-in; ACTION kept the stage itself, 0 before the first step
         ours["stage"] = max(1, int(ours["method"].pop("_extra_state", 1)))
     return ours
 

@@ -59,6 +59,15 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:c] for part, c in zip(gathered, counts, strict=True)])
 
 
+def mean_over_processes(values: list[float]) -> list[float]:
+    """The mean of each value over the processes; in a single process the values themselves."""
+    if not is_distributed():
+        return values
+    summed = torch.tensor(values, dtype=torch.float64, device=_communication_device())
+    dist.all_reduce(summed)
+    return (summed / dist.get_world_size()).tolist()
+
+
 def broadcast_state(*modules: nn.Module) -> None:
     """Give every process the parameters and buffers of rank 0."""
     if not is_distributed():
