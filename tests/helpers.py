@@ -135,7 +135,7 @@ class TinyDataset:
         """
         trainer_class = getattr(trainers, name)
         plans = copy.deepcopy(plans or self.plans)
-        if name != "nnUNetTrainer":
+        if settings or "semisup" not in plans:
             plans["semisup"] = {trainer_class.base_name(): {"start_dice": 0.0, "ramp_share": 0.0, **settings}}
         plans["continue_training"] = resume
         return trainer_class(plans, configuration, fold, self.dataset_json, torch.device("cpu"))

@@ -156,6 +156,32 @@ def test_zero_weights_are_exactly_the_stock_step(build, name):
         assert_equal(state(ours.network), state(stock.network))
 
 
+def test_before_the_start_a_step_is_exactly_stocks(build, name):
+    """With the settings as they are: nothing of the method is seen until the network knows every class."""
+    ours = build(start_dice=0.5, ramp_share=0.2)
+    plans = build.dataset.plans | {"continue_training": False}
+    stock = nnUNetTrainer(plans, build.configuration, "all", build.dataset.dataset_json, torch.device("cpu"))
+    stock.initialize()
+    stock.network.load_state_dict(ours.network.state_dict())
+    ours.method.reset(ours.network)
+    method = state(ours.method)
+    for seed in range(2):
+        batch = make_batch(ours, seed)
+        assert ours.train_step(batch)["loss"] == stock.train_step(batch)["loss"]
+        assert_equal(state(ours.network), state(stock.network))
+        assert_equal(state(ours.method), method)
+
+
+def test_published_preset_is_the_papers(build, name):
+    """No burn-in, no ramp of ours, no guards; a step works."""
+    trainer = build(preset="published", **dict.fromkeys(("start_dice", "ramp_share"), 0.0))
+    s = trainer.settings
+    assert (s.start_dice, s.ramp_share, s.guards) == (0, 0, False)
+    assert all(getattr(s, key) == value for key, value in type(s).published.items())
+    trainer.method.reset(trainer.network)
+    assert np.isfinite(trainer.train_step(make_batch(trainer))["loss"])
+
+
 def test_save_load_next_step_identical(build, name, tmp_path):
     first = build()
     first.method.reset(first.network)

@@ -396,3 +396,77 @@ def test_compiled_run_keeps_stock_keys(name, tiny, monkeypatch):
     for key, value in plain.network.state_dict().items():
         torch.testing.assert_close(trainer.network.state_dict()[key], value, rtol=1e-4, atol=1e-5)
     taps._compiled.cache_clear()
+
+
+def with_dice(trainer, monkeypatch, dice):
+    """Let nnU-Net's log have these online Dice values, one list an epoch."""
+    log = trainer.on_validation_epoch_end
+
+    def logged(outputs):
+        log(outputs)
+        trainer.logger.local_logger.my_fantastic_logging["dice_per_class_or_region"][-1] = dice[trainer.current_epoch]
+
+    monkeypatch.setattr(trainer, "on_validation_epoch_end", logged)
+
+
+def test_terms_start_when_the_dice_has_passed_and_the_teacher_is_the_student_then(tiny, monkeypatch):
+    trainer = tiny.trainer(NAME, **SHORT | {"num_epochs": 4}, start_dice=0.5, ramp_share=0.5)
+    with_dice(trainer, monkeypatch, [[0.1], [0.6], [0.2], [0.2]])
+    at_start = []
+    reset = trainer.method_class.reset
+
+    def noted(method, network):
+        reset(method, network)
+        at_start.append((trainer.current_epoch, {k: v.clone() for k, v in network.state_dict().items()}))
+
+    monkeypatch.setattr(trainer.method_class, "reset", noted)
+    trainer.run_training()
+    table = rows(trainer)
+    assert [row["loss_consistency"] != "" for row in table] == [False, False, True, True]
+    assert [float(row["ramp"]) for row in table] == pytest.approx([0, 0, 1, 1])
+    assert [epoch for epoch, _ in at_start] == [0, 1], "once before the run, once at the start"
+    assert any(not torch.equal(v, at_start[0][1][k]) for k, v in at_start[1][1].items())
+    saved = torch.load(Path(trainer.output_folder, "checkpoint_final.pth"), weights_only=False)
+    assert saved["semisup"]["start"]["step"] == 4
+    assert float(table[2]["weight_consistency"]) < trainer.settings.consistency_weight, "ramped"
+
+
+def test_resume_starts_neither_twice_nor_never(tiny, monkeypatch):
+    settings = SHORT | {"num_epochs": 3, "start_dice": 0.5, "save_every_minutes": 0}
+    trainer = tiny.trainer(NAME, **settings)
+    with_dice(trainer, monkeypatch, [[0.6], [0.1], [0.1]])
+    step = trainer.train_step
+
+    def killed(batch):
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    monkeypatch.setattr(trainer, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run_training()
+    resumed = continued(tiny, **settings)
+    resets = []
+    monkeypatch.setattr(resumed.method, "reset", lambda network: resets.append(1))
+    assert resumed.current_epoch == 1 and resumed.progress == 0
+    with_dice(resumed, monkeypatch, [[0.6], [0.1], [0.1]])
+    resumed.run_training()
+    assert not resets
+    assert [row["loss_consistency"] != "" for row in rows(resumed)] == [False, True, True]
+
+
+def test_a_class_that_vanishes_from_the_pseudo_labels_counts_less(tiny, monkeypatch):
+    trainer = tiny.trainer(NAME, **SHORT)
+    trainer.initialize()
+    monkeypatch.setattr(
+        trainer.method,
+        "note_pseudo_labels",
+        lambda decided: trainer.method.diagnostics.update(share_volume_1=torch.tensor(1e-4)),
+    )
+    trainer.run_training()
+    (labelled,) = trainer._measure_labelled_volumes()
+    ball = 4 / 3 * np.pi * 5**3 / (20 * 18 * 22)
+    assert labelled == pytest.approx(ball, rel=0.15), "balls of radius 5, maybe cut by the border"
+    assert trainer.method.head_weights.tolist() == pytest.approx([1e-4 / (0.5 * labelled)] * 2, rel=1e-4)
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
+    assert log.count("WARNING: organ vanishes from the pseudo-labels") == 1

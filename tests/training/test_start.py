@@ -1,0 +1,105 @@
+"""When terms start: by the online Dice alone; how they ramp up; what vanishing classes do."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunetv2_semisup.training.start import Start
+
+TOTAL = 1000
+
+
+def start(threshold=0.5, latest=0.3, ramp_share=0.2, names=("a", "b"), background=True) -> Start:
+    return Start(list(names), background, threshold, latest, ramp_share)
+
+
+def test_starts_after_the_epoch_in_which_the_last_class_has_passed():
+    s = start()
+    assert s.after_epoch([0.6, 0.2], 100, TOTAL) == [] and not s.started
+    assert s.ramp(100, TOTAL) == 0 and s.head_weights() == [0, 1, 0]
+    (told,) = s.after_epoch([0.1, 0.5], 200, TOTAL)  # a class that has passed once has passed
+    assert s.step == 200 and "after 200 of 1000 steps" in told
+    assert s.head_weights() == [1, 1, 1]
+    assert s.after_epoch([0.0, 0.0], 300, TOTAL) == [] and s.step == 200
+
+
+def test_ramp_and_progress_count_from_the_start():
+    s = start(ramp_share=0.5)
+    s.after_epoch([1, 1], 200, TOTAL)
+    assert s.progress(200, TOTAL) == 0 and s.progress(600, TOTAL) == 0.5
+    assert s.ramp(200, TOTAL) == pytest.approx(math.exp(-5))
+    assert s.ramp(400, TOTAL) == pytest.approx(math.exp(-5 * 0.25)) and s.ramp(600, TOTAL) == s.ramp(999, TOTAL) == 1
+
+
+def test_without_a_threshold_everything_is_on_from_the_first_step():
+    s = start(threshold=0, ramp_share=0)
+    assert s.started and s.step == 0 and s.ramp(0, TOTAL) == 1 and s.progress(0, TOTAL) == 0
+    assert s.head_weights() == [1, 1, 1]
+
+
+def test_a_class_that_is_late_stays_off_and_is_named_once():
+    s = start()
+    assert s.after_epoch([0.9, math.nan], 200, TOTAL) == []
+    begins, late = s.after_epoch([0.9, math.nan], 300, TOTAL)
+    assert "start after 300" in begins and "WARNING: the online Dice of b has not reached 0.5: its own terms" in late
+    assert s.head_weights() == [0, 1, 0], "the background may be b"
+    assert s.after_epoch([0.9, 0.1], 400, TOTAL) == []
+    (comes,) = s.after_epoch([0.9, 0.7], 500, TOTAL)
+    assert "terms of b start after 500" in comes and s.step == 300 and s.head_weights() == [1, 1, 1]
+
+
+def test_when_no_class_has_passed_nothing_starts():
+    s = start()
+    (told,) = s.after_epoch([0.1, 0.2], 500, TOTAL)
+    assert "a, b" in told and "the method's terms stay off" in told and not s.started
+    assert s.after_epoch([0.1, 0.2], 700, TOTAL) == []
+    s.after_epoch([0.9, 0.9], 1000, TOTAL)
+    assert not s.started, "there is no step left"
+
+
+def test_a_vanishing_class_counts_less_and_is_named_once():
+    s = start(threshold=0)
+    assert s.note_volumes([0.06, 0.05], [0.1, 0.1]) == [] and s.head_weights() == [1, 1, 1]
+    (told,) = s.note_volumes([0.06, 0.01], [0.1, 0.1])
+    assert "b vanishes from the pseudo-labels: 1 % of the voxels, 10 %" in told
+    assert s.head_weights() == pytest.approx([0.2, 1, 0.2])
+    assert s.note_volumes([0.06, 0.0], [0.1, 0.1]) == [] and s.head_weights() == [0, 1, 0]
+    assert s.note_volumes([0.06, 0.2], [0.1, 0.1]) == [] and s.head_weights() == [1, 1, 1]
+    assert s.note_volumes([0.0, 0.2], [0.0, 0.1]) == []  # nothing labelled: nothing to compare with
+
+
+def test_regions_have_no_background():
+    s = start(background=False)
+    s.after_epoch([0.9, 0.1], 300, TOTAL)
+    assert s.head_weights() == [1, 0]
+
+
+def test_state_goes_on():
+    s = start()
+    s.after_epoch([0.9, 0.1], 300, TOTAL)
+    s.note_volumes([0.01, 0.1], [0.1, 0.1])
+    other = start()
+    other.load(s.state())
+    assert other == s and other.after_epoch([0.9, 0.1], 400, TOTAL) == []
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.just(math.nan) | st.floats(0, 1)), min_size=1, max_size=20),
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_start_happens_once_and_weights_stay_in_range(dices, threshold, latest, ramp_share):
+    s = start(threshold, latest, ramp_share)
+    total = 50 * len(dices)
+    seen = set()
+    for i, dice in enumerate(dices, 1):
+        s.after_epoch(dice, 50 * i, total)
+        seen.add(s.step)
+        assert 0 <= s.ramp(50 * i, total) <= 1 and 0 <= s.progress(50 * i, total) <= 1
+        weights = s.head_weights()
+        assert weights[0] == min(weights[1:]) and all(0 <= w <= 1 for w in weights)
+        assert s.ramp(50 * i, total) == 0 or s.started
+    assert len(seen - {None}) <= 1
