@@ -31,14 +31,19 @@ def class_masks(
     return torch.stack([target[:, 0] == value for value in classes], 1) & known[:, None]
 
 
+def region_masks(target: Tensor | list[Tensor], ignore_label: int | None) -> Tensor:
+    """(B, R, X, Y, Z) bool: the regions of a region-based target, without the channel of the ignore label."""
+    regions = _full_resolution(target).bool()
+    return regions if ignore_label is None else regions[:, :-1]
+
+
 def class_indices(target: Tensor | list[Tensor], has_regions: bool, ignore_label: int | None) -> Tensor:
     """(B, X, Y, Z) int64: the class of each voxel, -1 where it is not known; regions as :func:`disjoint_classes`."""
     known = known_voxels(target, has_regions, ignore_label)
     target = _full_resolution(target)
     if not has_regions:
         return torch.where(known, target[:, 0].long(), -1)
-    regions = target.bool() if ignore_label is None else target[:, :-1].bool()
-    return torch.where(known, disjoint_classes(regions), -1)
+    return torch.where(known, disjoint_classes(region_masks(target, ignore_label)), -1)
 
 
 def class_names(labels: dict[str, int | list[int]], has_regions: bool) -> list[str]:

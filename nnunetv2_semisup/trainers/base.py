@@ -110,6 +110,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             has_regions=self.label_manager.has_regions,
             ignore_label=self.label_manager.ignore_label,
             patch_size=tuple(self.configuration_manager.patch_size),
+            mirror_axes=tuple(self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] or ()),
             spacing_mm=tuple(self.configuration_manager.spacing),
         )
         if reason := self.method_class.unsupported(task, self.settings):
@@ -299,7 +300,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             yield self.method.supervised(self.bare_network, labelled)
             return
         self._enter_stage()
-        ramp = self._start.ramp(*self._steps)
+        self.method.ramp = ramp = self._start.ramp(*self._steps)
         for group in self.method.losses(self.bare_network, labelled, unlabelled, self.progress):
             yield {k: (w if k == "supervised" else w * ramp, value) for k, (w, value) in group.items()}
 

@@ -28,6 +28,7 @@ class TaskInfo:
         has_regions: True for region-based (sigmoid) training.
         ignore_label: value in the labelled target that carries no label, or None. Predictions never contain it.
         patch_size: voxels per axis, 2 or 3 entries.
+        mirror_axes: axes along which nnU-Net mirrors patches in training; empty where it does not.
         spacing_mm: voxel size per axis of the patch.
     """
 
@@ -36,6 +37,7 @@ class TaskInfo:
     has_regions: bool
     ignore_label: int | None
     patch_size: tuple[int, ...]
+    mirror_axes: tuple[int, ...]
     spacing_mm: tuple[float, ...]
 
 
@@ -48,6 +50,7 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
     Attributes:
         diagnostics: scalars of the step for the log, no gradient; shares in [0, 1] are named ``share_<what>``. The
             trainer empties it before each step.
+        ramp: of the step, in [0, 1]; the trainer multiplies the weights of all terms but "supervised" with it.
         head_weights: (heads,) in [0, 1]: how much each head counts in the terms that rest on predictions. All 1 unless
             the trainer's burn-in or guards say otherwise; the trainer sets and saves it.
     """
@@ -70,6 +73,7 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
         self.task = task
         self.settings = settings
         self.diagnostics: dict[str, Tensor] = {}
+        self.ramp = 1.0
         self.register_buffer("head_weights", torch.ones(task.num_heads), persistent=False)
 
     @classmethod

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunetv2_semisup.losses.partial import partial_dice_cross_entropy
+
 UNKNOWN = -1  # target value of voxels that are not known, where the task has no ignore label of its own
 
 
@@ -42,14 +44,50 @@ class SupervisedLoss:
             return self._partial(output, [self._mark(level, known) for level in target])
         return self._partial(output, self._mark(target, known))
 
+    def weighted(self, output: Tensor | list[Tensor], label: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
+        """The loss of patches whose voxels are known to different degrees, with nnU-Net's deep supervision.
+
+        Several processes: each computes the Dice of its own patches, also where nnU-Net pools them.
+
+        Args:
+            output: as above.
+            label, weight: at the highest resolution, as :func:`partial_dice_cross_entropy` takes them.
+            factors: (heads,) of the classes in the Dice.
+        """
+        outputs = output if isinstance(output, list) else [output]
+        levels = getattr(self.loss, "weight_factors", (1.0,))
+        dice = getattr(self.loss, "loss", self.loss).dc
+        total = output[0].new_zeros((), dtype=torch.float32)
+        for level, logits in zip(levels, outputs, strict=True):
+            if level == 0:
+                continue
+            size = logits.shape[2:]
+            total = total + float(level) * partial_dice_cross_entropy(
+                logits,
+                _resized(label, size),
+                _resized(weight, size),
+                factors,
+                self.has_regions,
+                dice.batch_dice,
+                dice.do_bg,
+                dice.smooth,
+            )
+        return total
+
     def _mark(self, target: Tensor, known: Tensor) -> Tensor:
-        if known.shape[2:] != target.shape[2:]:
-            known = F.interpolate(known.float(), target.shape[2:], mode="nearest-exact").bool()
+        known = _resized(known, target.shape[2:])
         if not self.has_regions:
             return torch.where(known, target, UNKNOWN if self.ignore_label is None else self.ignore_label)
         if self.ignore_label is None:
             return torch.cat([target.bool(), ~known], 1)
         return torch.cat([target[:, :-1].bool(), target[:, -1:].bool() | ~known], 1)
+
+
+def _resized(values: Tensor, size: torch.Size) -> Tensor:
+    """(B, K, X, Y, Z) with the nearest voxel's value on a grid of another size; the type stays."""
+    if values.shape[2:] == size:
+        return values
+    return F.interpolate(values.float(), size, mode="nearest-exact").to(values.dtype)
 
 
 def _with_ignored_voxels(loss: nn.Module, ignore_label: int, has_regions: bool) -> nn.Module:

@@ -1,0 +1,178 @@
+"""AgreeMix: what a teacher and its mirror image agree on teaches the student, on patches mixed with true labels.
+
+Ours. Its parts are known: the moving-average teacher (Tarvainen & Valpola, NeurIPS 2017), hard pseudo-labels above a
+threshold under strong views (FixMatch: Sohn et al., NeurIPS 2020), and patches pasted between labelled and unlabelled
+images (BCP: Bai et al., CVPR 2023). docs/methods/agree_mix.md has the study that chose them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_semisup.labels import class_indices, known_voxels, region_masks
+from nnunetv2_semisup.losses.consistency import decide, probabilities
+from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.network.teacher import Teacher
+from nnunetv2_semisup.perturbations.image import apply_strong_view, draw_boxes, draw_strong_view
+from nnunetv2_semisup.settings import SemiSupSettings, setting
+from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
+from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
+
+
+@dataclass(frozen=True)
+class AgreeMixSettings(SemiSupSettings):
+    """Nothing here has to be tuned for a data set."""
+
+    weight: float = setting(1.0, "ours: of the mixed patches; the supervised loss has 1")
+    max_teacher_decay: float = setting(0.999, "ours: of min(this, 1 - 10 / steps of the training)", "per step")
+    threshold: float = setting(0.7, "ours: confidence that a foreground voxel needs", "probability")
+    background_threshold: float = setting(0.95, "ours: confidence that a background voxel needs", "probability")
+    paste_probability: float = setting(0.5, "ours: of a patch to be mixed with a labelled one", "probability")
+    flip: bool = setting(True, "study")
+    agree: bool = setting(True, "study")
+    box_volume: tuple[float, ...] = setting((0.1, 0.5), "ours: smallest and largest box", "share of the patch")
+    bias_field: bool = setting(True, "strong view; switch off for CT, which has none")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.weight >= 0, "weight", "0 or more")
+        for key in ("threshold", "background_threshold", "paste_probability"):
+            self.require(0 <= getattr(self, key) <= 1, key, "in [0, 1]")
+        self.require(0 <= self.max_teacher_decay < 1, "max_teacher_decay", "in [0, 1)")
+        in_order = len(self.box_volume) == 2 and 0 < self.box_volume[0] <= self.box_volume[1] <= 1
+        self.require(in_order, "box_volume", "smallest and largest share, in (0, 1]")
+
+
+class Patches(NamedTuple):
+    """Images (B, C, X, Y, Z) with what is known of them.
+
+    Attributes:
+        label: (B, 1, X, Y, Z) int64 class; with regions (B, heads, X, Y, Z) bool.
+        weight: (B, 1, X, Y, Z) float in [0, 1], how much each voxel counts.
+    """
+
+    images: Tensor
+    label: Tensor
+    weight: Tensor
+
+
+class AgreeMix(SemiSupMethod[AgreeMixSettings]):
+    """Two groups per step: the mixed patches, then the stock supervised loss; both divided by 1 + ramped weight.
+
+    So a new term does not act as a jump of the learning rate. Cost: the teacher sees the unlabelled patches twice
+    without gradient, the student sees the mixed ones: 8/3 stock steps.
+    """
+
+    settings_class = AgreeMixSettings
+    unsupervised_weights = ("weight",)
+
+    def __init__(self, network: nn.Module, task: TaskInfo, settings: AgreeMixSettings):
+        super().__init__(network, task, settings)
+        steps = settings.num_epochs * settings.num_iterations_per_epoch
+        self.teacher = Teacher(network, max(0.0, min(settings.max_teacher_decay, 1 - 10 / steps)))
+
+    def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
+        weight = self.settings.weight
+        share = 1 / (1 + weight * self.ramp)
+        if weight > 0:
+            yield {"mixed": (weight * share, self._mixed_loss(network, labelled, unlabelled["data"]))}
+        yield {name: (share * w, value) for name, (w, value) in self.supervised(network, labelled).items()}
+
+    def after_step(self, network: nn.Module) -> None:
+        self.teacher.update_parameters(network)
+
+    def reset(self, network: nn.Module) -> None:
+        self.teacher.reset(network)
+
+    def _mixed_loss(self, network: nn.Module, labelled: dict, images: Tensor) -> Tensor:
+        s = self.settings
+        with torch.no_grad():
+            known, agreement = self._pseudo_labels(images)
+            view = draw_strong_view(images, 0.8, 0.5, s.bias_field)
+            known = known._replace(images=apply_strong_view(images, view))
+            mixed = paste(known, self._true_labels(labelled, len(images)), s.paste_probability, s.box_volume)
+        output, _ = taps.decode(network, taps.encode(network, mixed.images))
+        factors = self.head_weights * agreement
+        return self.task.supervised_loss.weighted(output, mixed.label, mixed.weight, factors)
+
+    def _pseudo_labels(self, images: Tensor) -> tuple[Patches, Tensor]:
+        """What the teacher and its mirror image say of the patches, and how far they agree on each head, (heads,)."""
+        s, regions = self.settings, self.task.has_regions
+        p = probabilities(taps.logits(self.teacher.module, images), regions)
+        agreement = torch.ones_like(self.head_weights)
+        if s.flip and self.task.mirror_axes:
+            axes = self._drawn_axes()
+            mirrored = probabilities(taps.logits(self.teacher.module, images.flip(axes)), regions).flip(axes)
+            if s.agree:
+                agreement = agreement_per_head(decide(p, regions), decide(mirrored, regions), self.task.num_heads)
+            p = (p + mirrored) / 2
+        decided = decide(p, regions)
+        self.note_pseudo_labels(decided)
+        if regions:
+            confidence, label = torch.maximum(p, 1 - p).amin(1, keepdim=True), decided
+            trust = (self.head_weights * agreement).amin().expand_as(confidence)
+            threshold = torch.where(decided.any(1, keepdim=True), s.threshold, s.background_threshold)
+        else:
+            confidence, label = p.amax(1, keepdim=True), decided[:, None]
+            trust = (self.head_weights * agreement)[label]
+            threshold = torch.where(label > 0, s.threshold, s.background_threshold)
+        keep = confidence >= threshold
+        self.diagnostics["share_kept"] = keep.float().mean()
+        for head, value in enumerate(agreement.unbind()):
+            self.diagnostics[f"share_agreement_{head}"] = value
+        return Patches(images, label, keep * trust), agreement
+
+    def _drawn_axes(self) -> list[int]:
+        """A random non-empty choice of the axes that nnU-Net mirrors, as axes of a batch."""
+        axes = self.task.mirror_axes
+        number = int(torch.randint(1, 2 ** len(axes), ()))
+        return [axis + 2 for i, axis in enumerate(axes) if number >> i & 1]
+
+    def _true_labels(self, labelled: dict, count: int) -> Patches:
+        """``count`` labelled patches, the batch repeated where it is smaller."""
+        of_task = (labelled["target"], self.task.has_regions, self.task.ignore_label)
+        if self.task.has_regions:
+            label = region_masks(labelled["target"], self.task.ignore_label)
+        else:
+            label = class_indices(*of_task).clamp(min=0)[:, None]
+        chosen = torch.arange(count, device=label.device) % len(label)
+        known = known_voxels(*of_task)[:, None].float()
+        return Patches(labelled["data"][chosen], label[chosen], known[chosen])
+
+
+def agreement_per_head(a: Tensor, b: Tensor, heads: int) -> Tensor:
+    """(heads,): Dice of each class between two decisions over all patches; 1 where neither has it.
+
+    Args:
+        a, b: (B, X, Y, Z) int64 classes; with regions (B, heads, X, Y, Z) bool.
+        heads: number of classes.
+    """
+    if a.dtype != torch.bool:
+        a, b = (torch.stack([x == head for head in range(heads)], 1) for x in (a, b))
+    axes = [0, *range(2, a.ndim)]
+    sizes = a.sum(axes) + b.sum(axes)
+    return torch.where(sizes > 0, 2 * (a & b).sum(axes) / sizes.clamp(min=1), 1.0)
+
+
+def paste(unlabelled: Patches, labelled: Patches, probability: float, volume: tuple[float, ...]) -> Patches:
+    """Mix pairs of patches: a box of one in the other, either way round; image, label and weight alike.
+
+    Args:
+        unlabelled, labelled: as many patches each.
+        probability: of a pair to be mixed; else the unlabelled patch stays whole.
+        volume: smallest and largest share of a box.
+    """
+    box = draw_boxes(unlabelled.images, probability, volume)
+    any_box = box.flatten(1).any(1).reshape(-1, *[1] * (box.ndim - 1))
+    turned = torch.rand(any_box.shape, device=box.device) < 0.5
+    from_labelled = torch.where(turned & any_box, ~box, box)
+    return Patches(*(torch.where(from_labelled, a, b) for a, b in zip(labelled, unlabelled, strict=True)))
+
+
+class nnUNetTrainerAgreeMix(nnUNetTrainerSemiSup):
+    method_class = AgreeMix
