@@ -105,7 +105,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             taps.compile_taps(self.bare_network)
             self.bare_network.compile()
         task = TaskInfo(
-            supervised_loss=SupervisedLoss(self.loss, self.label_manager.ignore_label, self.label_manager.has_regions),
+            supervised_loss=SupervisedLoss(self.loss, self.label_manager.ignore_label, self._num_regions),
             num_heads=self.label_manager.num_segmentation_heads,
             has_regions=self.label_manager.has_regions,
             ignore_label=self.label_manager.ignore_label,
@@ -123,6 +123,11 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self.lr_scheduler = RestartingPolyLR(self.optimizer, self.initial_lr, starts, self.num_epochs)
         if self._start.started:
             self._prepare_terms()
+
+    @property
+    def _num_regions(self) -> int:
+        """Of region-based training; 0 for softmax."""
+        return self.label_manager.num_segmentation_heads if self.label_manager.has_regions else 0
 
     def _do_i_compile(self):
         # nnU-Net asks this right after it has built the network, to wrap it whole. Answer no at that one place: we

@@ -19,14 +19,14 @@ class SupervisedLoss:
     Args:
         loss: as ``nnUNetTrainer._build_loss`` makes it, with or without deep supervision.
         ignore_label: of the task, or None.
-        has_regions: region-based training: the target has one channel per region, and with an ignore label one more.
+        num_regions: channels of the target of region-based training, without that of the ignore label; 0 for softmax.
     """
 
-    def __init__(self, loss: nn.Module, ignore_label: int | None, has_regions: bool):
+    def __init__(self, loss: nn.Module, ignore_label: int | None, num_regions: int):
         self.loss = loss
         self.ignore_label = ignore_label
-        self.has_regions = has_regions
-        self._partial = _with_ignored_voxels(loss, UNKNOWN if ignore_label is None else ignore_label, has_regions)
+        self.has_regions = num_regions > 0
+        self._partial = loss if ignore_label is not None else _with_ignored_voxels(loss, num_regions)
 
     def __call__(self, output: Tensor | list[Tensor], target: Tensor | list[Tensor], known: Tensor | None = None):
         """The loss, a scalar.
@@ -90,12 +90,13 @@ def _resized(values: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(values.float(), size, mode="nearest-exact").to(values.dtype)
 
 
-def _with_ignored_voxels(loss: nn.Module, ignore_label: int, has_regions: bool) -> nn.Module:
+def _with_ignored_voxels(loss: nn.Module, num_regions: int) -> nn.Module:
     """A copy of nnU-Net's loss that knows an ignore label: its own mechanism, for losses built without one."""
     partial = copy.deepcopy(loss)
     inner = getattr(partial, "loss", partial)  # the part that deep supervision wraps
-    if has_regions:
+    if num_regions:
         inner.use_ignore_label, inner.ce.reduction = True, "none"
+        inner.weight_ce /= num_regions  # with a mask nnU-Net sums over the regions, without one it takes their mean
     else:
-        inner.ignore_label = inner.ce.ignore_index = ignore_label
+        inner.ignore_label = inner.ce.ignore_index = UNKNOWN
     return partial
