@@ -33,17 +33,9 @@ def trainers() -> dict[str, type]:
 
 def nearest(name: str) -> str | None:
     """The trainer of ours that ``name`` was most likely meant to be, with its epoch suffix; None if none is near."""
-    import difflib
+    from nnunetv2_semisup import names
 
-    from nnunetv2_semisup.trainers import split_epochs
-
-    stem, epochs = split_epochs(name)
-    prefix = "nnunettrainer"
-    by_key = {t.lower().removeprefix(prefix): t for t in trainers()}
-    match = difflib.get_close_matches(stem.lower().removeprefix(prefix), by_key, n=1, cutoff=0.6)
-    if not match:
-        return None
-    return by_key[match[0]] + ("" if epochs is None else "_1epoch" if epochs == 1 else f"_{epochs}epochs")
+    return names.nearest(name, trainers())
 
 
 def settings_class(trainer_name: str) -> type:
@@ -52,13 +44,10 @@ def settings_class(trainer_name: str) -> type:
     Raises:
         InputError: there is no such trainer; the nearest name is suggested.
     """
-    from nnunetv2_semisup.errors import InputError
+    from nnunetv2_semisup import names
 
-    if trainer_name in trainers():
-        return trainers()[trainer_name].method_class.settings_class
-    near = nearest(trainer_name)
-    hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(trainers()))}"
-    raise InputError(f"unknown trainer {trainer_name!r} (to be named without _<N>epochs): {hint}")
+    names.require_known(trainer_name, trainers())
+    return trainers()[trainer_name].method_class.settings_class
 
 
 def check() -> dict[str, str]:

@@ -13,9 +13,11 @@ import json
 import math
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from nnunetv2_semisup import names
 from nnunetv2_semisup.errors import InputError
 
 
@@ -90,7 +92,11 @@ def resolve(settings_class: type[SemiSupSettings], overrides: dict, where: str) 
 
 
 def of_trainer(
-    plans: dict, trainer_name: str, settings_class: type[SemiSupSettings], epochs_of_name: int | None = None
+    plans: dict,
+    trainer_name: str,
+    settings_class: type[SemiSupSettings],
+    known: Collection[str],
+    epochs_of_name: int | None = None,
 ) -> SemiSupSettings:
     """Settings of ``trainer_name`` (without epoch suffix) with the overrides of ``plans``.
 
@@ -98,13 +104,12 @@ def of_trainer(
         plans: of nnU-Net, maybe with settings under "semisup".
         trainer_name: key of its settings.
         settings_class: of its method.
+        known: names of all trainers; the plans may hold settings of the others too.
         epochs_of_name: number of epochs that the suffix of the trainer's name asks for; it beats that of the plans.
 
     Raises:
         InputError: the plans name an unknown trainer, or as :func:`resolve`.
     """
-    from nnunetv2_semisup import discovery  # imports every trainer
-
     overrides = plans.get("semisup", {})
     where = f"{plans.get('plans_name', 'plans')}.json: semisup"
     if not isinstance(overrides, dict):
@@ -112,7 +117,7 @@ def of_trainer(
     for name in overrides:
         if name != trainer_name:
             try:
-                discovery.settings_class(name)
+                names.require_known(name, known)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
     mine = overrides.get(trainer_name, {})

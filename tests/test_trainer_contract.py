@@ -11,7 +11,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunetv2_semisup import discovery, trainers
+from nnunetv2_semisup import discovery, names, trainers
 
 NAMES = sorted(discovery.trainers())
 TASKS = [(c, k) for c in ("2d", "3d_fullres") for k in ("2 classes", "4 classes")] + [
@@ -68,7 +68,7 @@ def test_nnunet_finds_it_and_it_pickles(name, monkeypatch):
         assert found is getattr(trainers, name + suffix)
         assert issubclass(found, trainers.TRAINERS[name])
         assert found.__name__ == name + suffix
-        assert trainers.split_epochs(found.__name__) == (name, epochs)
+        assert names.split_epochs(found.__name__) == (name, epochs)
         assert pickle.loads(pickle.dumps(found)) is found
 
 

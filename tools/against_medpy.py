@@ -12,8 +12,9 @@ from time import process_time
 
 import numpy as np
 
+from nnunetv2_semisup.boxes import bounding_box
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.evaluation.metrics import METRICS, bounding_box, compare_masks
+from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks
 
 Pair = tuple[np.ndarray, np.ndarray, tuple[float, ...]]  # prediction, reference, spacing in mm
 

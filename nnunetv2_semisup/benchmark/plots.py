@@ -22,9 +22,9 @@ from nnunetv2_semisup.benchmark import table
 from nnunetv2_semisup.benchmark.grid import family
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.benchmark.table import BASELINE, Comparison
+from nnunetv2_semisup.colours import COLOURS
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json, whole_file
-from nnunetv2_semisup.training.log import COLOURS
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DIGEST = "Description"  # key of a PNG's text that holds the digest of the numbers in it

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_semisup import labels
-from nnunetv2_semisup.evaluation.metrics import bounding_box
+from nnunetv2_semisup.boxes import bounding_box
 
 
 @dataclass(frozen=True)

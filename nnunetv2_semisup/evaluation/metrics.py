@@ -32,6 +32,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
+from nnunetv2_semisup.boxes import bounding_box
+
 METRICS = ("dice", "jaccard", "hd95_voxel", "asd_voxel", "hd95_mm", "assd_mm")
 
 
@@ -75,15 +77,6 @@ def compare_masks(
     values["hd95_mm"] = _percentile_95(to_reference, to_prediction)
     values["assd_mm"] = float(np.concatenate((to_reference, to_prediction)).mean())
     return values
-
-
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box, as slices, that holds the true voxels of ``mask``; there must be one."""
-    slices = []
-    for axis in range(mask.ndim):
-        occupied = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        slices.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
-    return tuple(slices)
 
 
 def surface(mask: np.ndarray) -> np.ndarray:

@@ -4,28 +4,14 @@ There is no list to edit: a new file is found by the loop below. ``nnUNetTrainer
 """
 
 import importlib
-import inspect
 import pkgutil
-import re
 
-from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
-
-TRAINERS: dict[str, type[nnUNetTrainerSemiSup]] = {}
+from nnunetv2_semisup.names import split_epochs
+from nnunetv2_semisup.trainers.base import TRAINERS
 
 for _info in pkgutil.iter_modules(__path__):
-    _module = importlib.import_module(f"{__name__}.{_info.name}")
-    for _name, _class in inspect.getmembers(_module, inspect.isclass):
-        if _class.__module__ == _module.__name__ and getattr(_class, "method_class", None) is not None:
-            TRAINERS[_name] = globals()[_name] = _class
-
-
-def split_epochs(name: str) -> tuple[str, int | None]:
-    """``nnUNetTrainerX_20epochs`` -> ``("nnUNetTrainerX", 20)``; no suffix -> ``(name, None)``.
-
-    As in nnU-Net the singular belongs to 1 alone: ``_1epoch``, ``_20epochs``.
-    """
-    match = re.fullmatch(r"(\w+?)_(1epoch|([2-9]|[1-9]\d+)epochs)", name)
-    return (match[1], int(match[3] or 1)) if match else (name, None)
+    importlib.import_module(f"{__name__}.{_info.name}")  # its trainer enters itself into TRAINERS
+globals().update(TRAINERS)
 
 
 def __getattr__(name: str):

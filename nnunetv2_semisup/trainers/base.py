@@ -44,12 +44,19 @@ from nnunetv2_semisup.training.supervised import SupervisedLoss
 MAX_CASES_FOR_VOLUMES = 20  # labelled cases that the guard of vanishing classes reads
 MAX_OVERFLOWS_IN_A_ROW = 20  # a GradScaler that starts at 2^16 has passed every sensible scale by then
 
+TRAINERS: dict[str, type[nnUNetTrainerSemiSup]] = {}  # every trainer defined in this folder, by name
+
 
 class nnUNetTrainerSemiSup(nnUNetTrainer):
     """nnU-Net's trainer with a second, unlabelled stream. Subclasses set ``method_class``, rarely more."""
 
     method_class: ClassVar[type[SemiSupMethod] | None] = None
     epochs_of_name: ClassVar[int | None] = None  # set on nnUNetTrainer<Method>_<N>epochs
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        if cls.method_class is not None and cls.__module__.startswith(f"{__package__}."):
+            TRAINERS[cls.__name__] = cls  # not those with epochs: they belong to the package, to none of its modules
 
     def __init__(
         self,
@@ -88,7 +95,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     @classmethod
     def _resolve_settings(cls, plans: dict) -> SemiSupSettings:
-        return settings_module.of_trainer(plans, cls.base_name(), cls.method_class.settings_class, cls.epochs_of_name)
+        settings_class = cls.method_class.settings_class
+        return settings_module.of_trainer(plans, cls.base_name(), settings_class, TRAINERS, cls.epochs_of_name)
 
     def initialize(self):
         if self.is_cascaded:

@@ -7,9 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from nnunetv2_semisup import files
-
-# Okabe & Ito's colours: distinguishable with the common forms of colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from nnunetv2_semisup.colours import COLOURS
 
 
 class TrainingLog:

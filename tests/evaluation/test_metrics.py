@@ -13,7 +13,7 @@ from medpy.metric import binary
 from scipy.ndimage import binary_erosion, gaussian_filter, generate_binary_structure
 
 from nnunetv2_semisup.evaluation import metrics
-from nnunetv2_semisup.evaluation.metrics import METRICS, bounding_box, compare_masks, surface
+from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks, surface
 
 QUICK = settings(max_examples=60, deadline=None)
 DISTANCES = METRICS[2:]
@@ -126,16 +126,6 @@ def test_identical_masks(mask):
 @given(MASKS)
 def test_surface_is_the_mask_minus_its_erosion(mask):
     assert np.array_equal(surface(mask), mask & ~binary_erosion(mask, generate_binary_structure(mask.ndim, 1)))
-
-
-@QUICK
-@given(MASKS)
-def test_bounding_box_is_the_smallest(mask):
-    assume(mask.any())
-    box = bounding_box(mask)
-    assert mask[box].sum() == mask.sum()
-    for axis in range(mask.ndim):
-        assert np.take(mask[box], 0, axis).any() and np.take(mask[box], -1, axis).any()
 
 
 @st.composite
