@@ -492,7 +492,7 @@ def test_twice_the_same(folder, known, preset):
     first = plans.derive(*arguments).read_bytes()
     assert plans.derive(*arguments).read_bytes() == first
     text = first.decode()
-    assert text == json.dumps(json.loads(text), indent=4)  # nnU-Net's style
+    assert text == json.dumps(json.loads(text), indent=4) + "\n"  # nnU-Net's style
     (folder / "ours.json").unlink()
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before  # base as it was, nothing left over
 
