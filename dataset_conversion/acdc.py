@@ -141,10 +141,10 @@ def read_case(
 # --- converting -----------------------------------------------------------------------------------------------------
 
 
-def choose_patients(labelled_choice: str) -> tuple[dict[str, str], list[str]]:
+def choose_patients(labelled_choice: str, subset: int) -> tuple[dict[str, str], list[str]]:
     """Role of each patient, and what to tell of the two that are the same scan."""
     train = read_list(LISTS / "acdc_train.txt")
-    labelled = choose_labelled(labelled_choice, train)
+    labelled = choose_labelled(labelled_choice, train, subset)
     roles = {patient: LABELLED if patient in labelled else UNLABELLED for patient in train}
     roles |= dict.fromkeys(read_list(LISTS / "acdc_val.txt"), VALIDATION)
     roles |= dict.fromkeys(read_list(LISTS / "acdc_test.txt"), TEST)
@@ -251,11 +251,12 @@ def convert(
     Raises:
         InputError: something given is wrong; no dataset has appeared.
     """
+    options = options or Options()
     common.new_dataset_path(dataset_id, name)
     source = check_source(source)
     form, files = find_files(source)
     written_spacing = check_spacing(spacing, form, ASSUMED_SPACING, "NIfTI")
-    roles, told = choose_patients(labelled_choice)
+    roles, told = choose_patients(labelled_choice, options.subset)
     cases, infos, missing = make_cases(source, form, files, roles, allow_missing_test)
     patients = {role: sum(roles[patient] == role for patient in infos) for role in set(roles.values())}
     notes = {role: f", {number} patients" for role, number in patients.items()}
@@ -280,7 +281,7 @@ def convert(
         groups={f"{p}_{frame}": same if p in SAME_SCAN else p for p in infos for frame in FRAMES},
         extra_files={"patients.csv": patients_csv(roles, infos)},
     )
-    return common.convert(recipe, source, dataset_id, name, options or Options())
+    return common.convert(recipe, source, dataset_id, name, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,8 @@ class Case:
     label_file: Path | None = None
 
 
-Read = Callable[[Case], tuple[sitk.Image, sitk.Image | None, str]]
+Image = sitk.Image | tuple[sitk.Image, ...]
+Read = Callable[[Case], tuple[Image, sitk.Image | None, str]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Recipe:
     Attributes:
         cases: all cases.
         read: case -> image, label on the same grid (None if the case has no ``label_file``), remark for the report or
-            "". A module-level function, or a ``functools.partial`` of one.
+            "". A module-level function, or a ``functools.partial`` of one. The image is a tuple of one per channel, on
+            the same grid, if ``separate_channels``.
         channels: channel names in order; nnU-Net chooses the normalisation by them.
         labels: class name -> value, background 0.
         description: keys for ``dataset.json``, which nnU-Net ignores.
@@ -84,6 +86,7 @@ class Recipe:
         groups: case -> patient, for the cross-validation folds.
         file_ending: of the files to write.
         extra_files: name -> text of files beside ``dataset.json``.
+        separate_channels: one image file per channel, else all channels are in one.
     """
 
     cases: Sequence[Case]
@@ -98,6 +101,7 @@ class Recipe:
     groups: Mapping[str, str] | None = None
     file_ending: str = FILE_ENDING
     extra_files: Mapping[str, str] = field(default_factory=dict)
+    separate_channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,13 @@ class Options:
         processes: number of processes.
         dry_run: read and check everything, write nothing.
         previews: number of cases with a picture, evenly chosen among those with a label.
+        subset: which of the disjoint sets of labelled cases, see ``lists.choose_labelled``.
     """
 
     processes: int = 1
     dry_run: bool = False
     previews: int = 0
+    subset: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ class Job:
     values: tuple[int, ...]
     folder: Path | None
     file_ending: str
+    image_files: int
     preview: bool
 
 
@@ -146,6 +153,7 @@ def convert(recipe: Recipe, source: Path, dataset_id: int, name: str, options: O
     target = new_dataset_path(dataset_id, name)
     check_inside([file for case in recipe.cases for file in _files(case)], source)
     labelled = [case.name for case in recipe.cases if case.role == LABELLED]
+    recipe = replace(recipe, conversion={**recipe.conversion, "subset": options.subset})
     if options.dry_run:
         facts = run_jobs(convert_case, _jobs(recipe, None, 0), options.processes)
         return f"{target}: dry run, nothing was written\n{_report(recipe, source, facts, dataset_id)}"
@@ -171,9 +179,10 @@ def convert_case(job: Job) -> Facts:
     facts = _finished(job, state)
     if facts is None:
         image, label, remark = job.read(case)
-        voxels = _check(case, image, label, job.values)
-        facts = Facts(case.name, case.role, image.GetSize(), image.GetSpacing(), voxels, remark)
-        for written, file in zip((image, label), _outputs(job), strict=False):
+        images = image if isinstance(image, tuple) else (image,)
+        voxels = _check(case, images, label, job.values)
+        facts = Facts(case.name, case.role, images[0].GetSize(), images[0].GetSpacing(), voxels, remark)
+        for written, file in zip((*images, label), _outputs(job), strict=False):
             write_image(written, file)
         if job.folder:
             sizes = [file.stat().st_size for file in _outputs(job)]
@@ -181,8 +190,8 @@ def convert_case(job: Job) -> Facts:
     if job.preview:
         from nnunetv2_semisup.datasets.preview import save_preview
 
-        shown = [*map(read_image, _outputs(job)), None][:2]
-        save_preview(*shown, _preview(job), f"{case.name} ({case.role})")
+        image, label = (read_image(_outputs(job)[place]) for place in (0, -1))
+        save_preview(image, label, _preview(job), f"{case.name} ({case.role})")
     return facts
 
 
@@ -209,13 +218,14 @@ def _preview(job: Job) -> Path:
 
 
 def _outputs(job: Job) -> list[Path]:
-    """Where image and label of a case go."""
+    """Where images and, as the last one, the label of a case go."""
     if not job.folder:
         return []
     case = job.case
-    image = job.folder / IMAGES_OF[case.role] / f"{case.name}_0000{job.file_ending}"
+    folder = job.folder / IMAGES_OF[case.role]
+    images = [folder / f"{case.name}_{channel:04d}{job.file_ending}" for channel in range(job.image_files)]
     label = [job.folder / LABELS_OF[case.role] / f"{case.name}{job.file_ending}"] if case.label_file else []
-    return [image, *label]
+    return [*images, *label]
 
 
 def _check_files(folder: Path, jobs: Sequence[Job], extra_files: Mapping[str, str]) -> None:
@@ -235,14 +245,14 @@ def _check_files(folder: Path, jobs: Sequence[Job], extra_files: Mapping[str, st
         raise InputError(f"{wrong} {what}: another process was at work there; remove {folder} and start again")
 
 
-def _check(case: Case, image: sitk.Image, label: sitk.Image | None, values: Sequence[int]) -> dict[int, int]:
+def _check(case: Case, images: Sequence[sitk.Image], label: sitk.Image | None, values: Sequence[int]) -> dict[int, int]:
     """Check a case; returns class value -> number of voxels."""
-    array = sitk.GetArrayViewFromImage(image)
-    check_image(array, case.files[0])
+    for image in images:
+        check_image(sitk.GetArrayViewFromImage(image), case.files[0])
     if label is None:
         return {}
     array = sitk.GetArrayViewFromImage(label)
-    check_label(array, image.GetSize()[::-1], values, case.label_file)
+    check_label(array, images[0].GetSize()[::-1], values, case.label_file)
     check_not_empty(array, case.label_file)
     return {value: int(np.count_nonzero(array == value)) for value in values}
 
@@ -261,11 +271,9 @@ def _jobs(recipe: Recipe, folder: Path | None, previews: int) -> list[Job]:
         shown = [shown[i] for i in np.linspace(0, len(shown) - 1, previews).astype(int)]
     if folder and previews > 0:
         (folder / "previews").mkdir(exist_ok=True)
-    values = tuple(recipe.labels.values())
-    return [
-        Job(case, recipe.read, values, folder, recipe.file_ending, folder is not None and case.name in shown)
-        for case in recipe.cases
-    ]
+    values, image_files = tuple(recipe.labels.values()), len(recipe.channels) if recipe.separate_channels else 1
+    what = (recipe.read, values, folder, recipe.file_ending, image_files)
+    return [Job(case, *what, folder is not None and case.name in shown) for case in recipe.cases]
 
 
 @contextlib.contextmanager
@@ -324,6 +332,8 @@ def _rows(recipe: Recipe, facts: Sequence[Facts]) -> list[tuple[str, str]]:
 def _report(recipe: Recipe, source: Path, facts: Sequence[Facts], dataset_id: int) -> str:
     form = recipe.conversion.get("source_form")
     rows = [("source", f"{source}{f' ({form} form)' if form else ''}"), *_rows(recipe, facts), *recipe.rows]
+    if subset := recipe.conversion["subset"]:
+        rows.append(("subset", f"{subset}: the labelled cases are none of those of subset 0 to {subset - 1}"))
     return table_text([*rows, ("next", f"nnUNetv2_plan_and_preprocess -d {dataset_id} --verify_dataset_integrity")])
 
 
@@ -353,8 +363,8 @@ def write_dataset_json(
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
-def make_parser(description: str, name: str, labelled_help: str, source_help: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that all converters have."""
+def make_parser(description: str, name: str | None, labelled_help: str, source_help: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that all converters have; without a name, the source decides it."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -362,7 +372,9 @@ def make_parser(description: str, name: str, labelled_help: str, source_help: st
     add("--source", type=Path, required=True, help=source_help)
     add("-d", type=int, required=True, metavar="ID", help="dataset ID, 1 to 999, not in use yet")
     add("--labeled", required=True, metavar="N|FILE", help=labelled_help)
-    add("--name", default=name, help="DatasetXXX_NAME (default: %(default)s)")
+    subset_help = "the K-th N of them (default: 0, the first): no case is labelled in two subsets"
+    add("--subset", type=int, default=0, metavar="K", help=subset_help)
+    add("--name", default=name, help=f"DatasetXXX_NAME (default: {name or 'as the source is called'})")
     processes = min(4, os.cpu_count() or 1)
     add("-np", type=int, default=processes, metavar="N", help="processes (default here: %(default)s)")
     add("--previews", type=int, default=8, metavar="N", help="cases with a picture in previews/ (default: %(default)s)")
@@ -373,7 +385,7 @@ def make_parser(description: str, name: str, labelled_help: str, source_help: st
 def options_of(given: argparse.Namespace) -> Options:
     if given.previews < 0:
         raise InputError(f"--previews {given.previews}: give 0 or more")
-    return Options(given.np, given.dry_run, given.previews)
+    return Options(given.np, given.dry_run, given.previews, given.subset)
 
 
 def run_command(function: Callable[[], str]) -> int:

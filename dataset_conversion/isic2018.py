@@ -122,6 +122,7 @@ def convert(
     Raises:
         InputError: something given is wrong; no dataset has appeared.
     """
+    options = options or Options()
     common.new_dataset_path(dataset_id, name)
     source = check_source(source)
     images, masks = find_files(source)
@@ -130,7 +131,7 @@ def convert(
             f"--source {source} has no folder *Test_Input; unpack it there, or give --test N{packed(source)}"
         )
     train, test = choose_test(test_choice or "0", list(images["training"]), seed)
-    labelled = choose_labelled(labelled_choice, train)
+    labelled = choose_labelled(labelled_choice, train, options.subset)
     roles = {case: LABELLED if case in set(labelled) else UNLABELLED for case in train}
     roles |= dict.fromkeys(images["validation"], VALIDATION) | dict.fromkeys(test or images["test"], TEST)
     photographs = {case: path for found in images.values() for case, path in found.items()}
@@ -157,7 +158,7 @@ def convert(
         rows=[("test part", division), *notes],
         file_ending=".png",
     )
-    return common.convert(recipe, source, dataset_id, name, options or Options())
+    return common.convert(recipe, source, dataset_id, name, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -176,7 +176,7 @@ def read_case(
     return image, label, ""
 
 
-def choose_cases(source: Path, form: str, labelled_choice: str, allow_missing_test: bool) -> Cases:
+def choose_cases(source: Path, form: str, labelled_choice: str, allow_missing_test: bool, subset: int = 0) -> Cases:
     """Divide the listed cases, having checked that their files are there.
 
     Args:
@@ -184,12 +184,13 @@ def choose_cases(source: Path, form: str, labelled_choice: str, allow_missing_te
         form: "h5" or "nrrd".
         labelled_choice: a number or a list file, see ``choose_labelled``.
         allow_missing_test: leave out the test cases that are not there.
+        subset: see ``choose_labelled``.
 
     Raises:
         InputError: names every missing case.
     """
     train, listed_test = read_list(LISTS / "la_train.txt"), read_list(LISTS / "la_test.txt")
-    labelled = choose_labelled(labelled_choice, train)
+    labelled = choose_labelled(labelled_choice, train, subset)
     unlabelled = [case for case in train if case not in set(labelled)]
     missing = [case for case in labelled if not is_present(source, form, case, True)]
     missing += [case for case in unlabelled if not is_present(source, form, case, False)]
@@ -248,11 +249,12 @@ def convert(
     Raises:
         InputError: something given is wrong; no dataset has appeared.
     """
+    options = options or Options()
     common.new_dataset_path(dataset_id, name)
     folder = check_source(source)
     form = find_form(source)
     written_spacing = check_spacing(spacing, form, STATED_SPACING, "nrrd")
-    cases = choose_cases(source, form, labelled_choice, allow_missing_test)
+    cases = choose_cases(source, form, labelled_choice, allow_missing_test, options.subset)
     missing = f"; {len(cases.missing_test)} missing: {', '.join(cases.missing_test)}" if cases.missing_test else ""
     recipe = Recipe(
         cases=make_cases(source, form, cases),
@@ -264,7 +266,7 @@ def convert(
         spacing_note=spacing_note(form, spacing is not None),
         role_notes={TEST: missing},
     )
-    return common.convert(recipe, folder, dataset_id, name, options or Options())
+    return common.convert(recipe, folder, dataset_id, name, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,23 +30,36 @@ def read_list(path: Path) -> list[str]:
     return cases
 
 
-def choose_labelled(choice: str, train: Sequence[str]) -> list[str]:
+def is_number(choice: str) -> bool:
+    """Whether an option gives a number of cases, not the file that names them."""
+    return re.fullmatch(r"[+-]?\d+", choice) is not None
+
+
+def choose_labelled(choice: str, train: Sequence[str], subset: int = 0) -> list[str]:
     """The labelled cases, or patients.
 
     Args:
         choice: a number N (the first N of ``train``, as in the literature), "all", or a file naming cases of ``train``.
         train: IDs of all training cases, in published order.
+        subset: K takes the entries K * N to K * N + N - 1, so that different K share no case; 0 without a number.
 
     Returns:
         at least one ID; the rest of ``train`` is unlabelled.
     """
-    if choice == "all":
-        return list(train)
-    if re.fullmatch(r"[+-]?\d+", choice):
+    if is_number(choice):
         number = int(choice)
         if not 1 <= number <= len(train):
             raise InputError(f"--labeled {choice}: the number of labelled cases must be 1 to {len(train)}")
-        return list(train[:number])
+        if not 0 <= subset < len(train) // number:
+            raise InputError(
+                f"--subset {subset}: {len(train)} training cases have {len(train) // number} disjoint subsets of "
+                f"{number}; give 0 to {len(train) // number - 1}"
+            )
+        return list(train[subset * number : (subset + 1) * number])
+    if subset:
+        raise InputError(f"--subset {subset}: only a number of labelled cases has subsets; leave it out")
+    if choice == "all":
+        return list(train)
     labelled = read_list(Path(choice))
     if not labelled:
         raise InputError(f"--labeled {choice}: the list names no case, at least 1 is needed")
@@ -56,13 +69,14 @@ def choose_labelled(choice: str, train: Sequence[str]) -> list[str]:
     return labelled
 
 
-def choose_test(choice: str, cases: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+def choose_test(choice: str, cases: Sequence[str], seed: int, left: int = 1) -> tuple[list[str], list[str]]:
     """Divide the cases of a data set without published split.
 
     Args:
         choice: number of test cases, or a file naming them.
         cases: IDs of all cases with a label.
         seed: of the random order.
+        left: number of cases that must be left for training.
 
     Returns:
         training cases in random order, so that the first N of them are a random choice and larger N contain smaller
@@ -70,9 +84,9 @@ def choose_test(choice: str, cases: Sequence[str], seed: int) -> tuple[list[str]
     """
     shuffled = sorted(cases)
     random.Random(seed).shuffle(shuffled)
-    if re.fullmatch(r"[+-]?\d+", choice):
-        if not 0 <= int(choice) < len(cases):
-            raise InputError(f"--test {choice}: the number of test cases must be 0 to {len(cases) - 1}")
+    if is_number(choice):
+        if not 0 <= int(choice) <= len(cases) - left:
+            raise InputError(f"--test {choice}: the number of test cases must be 0 to {len(cases) - left}")
         test = shuffled[: int(choice)]
     else:
         test = read_list(Path(choice))

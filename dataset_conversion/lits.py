@@ -115,11 +115,12 @@ def convert(
     Raises:
         InputError: something given is wrong; no dataset has appeared.
     """
+    options = options or Options()
     common.new_dataset_path(dataset_id, name)
     source = check_source(source)
     images, labels = find_files(source)
     train, test = choose_test(test_choice, list(images), seed)
-    labelled = choose_labelled(labelled_choice, train)
+    labelled = choose_labelled(labelled_choice, train, options.subset)
     roles = {case: LABELLED if case in labelled else UNLABELLED for case in train} | dict.fromkeys(test, TEST)
     missing = sorted(case for case, role in roles.items() if role != UNLABELLED and case not in labels)
     require_present(source, missing, len(roles), "scans lack segmentation-N.nii", "complete the folder")
@@ -137,7 +138,7 @@ def convert(
         spacing_note="from the headers",
         rows=[("division", f"random, seed {seed}"), *counted],
     )
-    return common.convert(recipe, source, dataset_id, name, options or Options())
+    return common.convert(recipe, source, dataset_id, name, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

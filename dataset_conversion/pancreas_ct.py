@@ -182,12 +182,13 @@ def convert(
     Raises:
         InputError: something given is wrong; no dataset has appeared.
     """
+    options = options or Options()
     common.new_dataset_path(dataset_id, name)
     source = check_source(source)
     form, images, labels = find_cases(source)
     variant = variant or ("A" if form == "h5" else "B")
     train, test, told = published_lists(variant, keep_duplicates)
-    labelled = choose_labelled(labelled_choice, train)
+    labelled = choose_labelled(labelled_choice, train, options.subset)
     roles = {number: LABELLED if number in labelled else UNLABELLED for number in train} | dict.fromkeys(test, TEST)
     missing = [n for n, role in roles.items() if n not in images or (role != UNLABELLED and n not in labels)]
     require_present(source, missing, len(roles), "cases lack the image or the label", "complete the folder")
@@ -204,7 +205,7 @@ def convert(
         spacing_note="the h5 files were resampled to it" if form == "h5" else "from the headers",
         rows=[("division", f"variant {variant}, see splits/"), *(("note", text) for text in told)],
     )
-    return common.convert(recipe, source, dataset_id, name, options or Options())
+    return common.convert(recipe, source, dataset_id, name, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,13 +52,23 @@ def trainers(arguments: list[str] | None = None) -> None:
 def plans(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_plans",
-        description="Derive a plans file: settings of a semi-supervised trainer, or a preset. "
-        "Then: nnUNetv2_preprocess -d ID -plans_name NAME -c CONFIGURATION (preset only), nnUNetv2_train ... -p NAME.",
+        description="Derive a plans file: settings of a semi-supervised trainer, or 2d and 3d_fullres in another size. "
+        "Then: nnUNetv2_train ... -p NAME, where the spacing has changed after nnUNetv2_preprocess -plans_name NAME.",
     )
     _dataset_argument(parser)
     parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans to start from (default: %(default)s)")
     parser.add_argument("-o", required=True, metavar="NAME", help="name of the new plans")
-    parser.add_argument("--preset", choices=["cpu"], help="cpu: coarse spacing and a small network, for 2 cores")
+    parser.add_argument(
+        "--preset",
+        metavar="cpu|small",
+        help="small: features 8 16 32 64 and batch 2 (3d) or 12 (2d); cpu: these features, batch 2 or 8, 3 times "
+        "the spacing and a small patch, for 2 cores. The following options beat it",
+    )
+    add = parser.add_argument
+    add("--features", type=int, nargs="*", metavar="N", help="channels of each stage, the last one repeats")
+    add("--batch_size", type=int, metavar="N", help="labelled patches per step")
+    add("--patch_size", type=int, nargs="*", metavar="N", help="voxels, 2 or 3 axes ordered as in the plans")
+    add("--coarsen", type=float, metavar="F", help="spacing F times coarser on the axes within 2 times the finest")
     parser.add_argument(
         "--set",
         action="append",
@@ -70,11 +80,18 @@ def plans(arguments: list[str] | None = None) -> None:
     from nnunetv2_semisup import plans as plans_module
 
     folder = _preprocessed_folder(args.d)
-    file = plans_module.derive(folder, args.p, args.o, args.preset, args.set)
+    batch_size = None if args.batch_size is None else {2: args.batch_size, 3: args.batch_size}
+    size = plans_module.Size(args.features, batch_size, args.patch_size, args.coarsen)
+    file = plans_module.derive(folder, args.p, args.o, args.preset, args.set, size)
     print(f"Wrote {file}")
     _write_missing_splits(folder)
-    if args.preset:
-        print(f"Next: nnUNetv2_preprocess -d {args.d} -plans_name {args.o} -c 3d_fullres (or 2d)")
+    name, base = args.o.removesuffix(".json"), args.p.removesuffix(".json")
+    if (size.with_preset(args.preset).coarsen or 1) > 1:
+        print(f"Next: nnUNetv2_preprocess -d {args.d} -plans_name {name} -c 3d_fullres (or 2d)")
+    else:
+        print(
+            f"Next: nnUNetv2_train {args.d} 3d_fullres FOLD -p {name} (with the data that is preprocessed for {base})"
+        )
 
 
 @command

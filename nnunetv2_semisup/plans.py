@@ -1,4 +1,4 @@
-"""Derived plans files: settings of our trainers, and a preset small enough to train on a CPU.
+"""Derived plans files: settings of our trainers, and networks and images of another size.
 
 A derived plans file is an ordinary one: ``nnUNetv2_train -p NAME`` takes it. The base file is never changed.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -18,11 +21,9 @@ from nnunetv2_semisup.files import write_json
 DERIVED_FROM = "semisup_derived_from"  # key that marks a plans file as ours; its value is the base's name
 PRESET = "semisup_preset"  # key that holds the preset, null without one
 
-CPU_CONFIGURATIONS = ("2d", "3d_fullres")  # no cascade: its low resolution stage saves what the preset saves already
-CPU_SPACING_FACTOR = 3  # a patch that a CPU can afford then still sees the whole organ
+CONFIGURATIONS = ("2d", "3d_fullres")  # that can have another size: the cascade is one way to save already
+SMALL_FEATURES = (8, 16, 32, 64)  # a quarter of nnU-Net's, so a sixteenth of the work
 CPU_VOXELS = {2: 128 * 128, 3: 64 * 48 * 32}  # per patch; 3D: what a whole LA case fills once downsampled
-CPU_BATCH_SIZE = {2: 8, 3: 2}  # 3D: nnU-Net's smallest; 2D: about as many voxels a step as in 3D
-CPU_FEATURES = (8, 16, 32, 64)  # a quarter of nnU-Net's, so a sixteenth of the work; the last one repeats
 MIN_EDGE = 4  # voxels, shortest edge of the bottleneck; nnU-Net's value
 MAX_POOLINGS = 999999  # nnU-Net's value for "no limit"
 LARGEST_PATCH = {2: 2048**2, 3: 256**3}  # voxels; nnU-Net's first guess, then clipped to the image
@@ -31,22 +32,87 @@ SAME_RESOLUTION = 2  # spacings within this factor count as equal, as in nnU-Net
 _NOT_PLANS = {"dataset", "dataset_fingerprint", "splits_final"}  # other JSON files that nnU-Net keeps in that folder
 
 
-def derive(preprocessed_dataset_folder: Path, base: str, name: str, preset: str | None, overrides: list[str]) -> Path:
+@dataclass(frozen=True)
+class Size:
+    """What changes of the size of configurations; None leaves a part as the base has it.
+
+    Attributes:
+        features: channels of the first stages; the last one repeats.
+        batch_size: number of axes -> labelled patches per step.
+        patch_size: voxels, axes in the order of the plans; for the configurations with that many axes.
+        coarsen: factor of the spacing on the axes within 2 times the finest; needs new preprocessed data unless 1.
+        max_voxels: number of axes -> voxels of a patch that is planned anew.
+
+    Raises:
+        InputError: a value cannot be.
+    """
+
+    features: Sequence[int] | None = None
+    batch_size: Mapping[int, int] | None = None
+    patch_size: Sequence[int] | None = None
+    coarsen: float | None = None
+    max_voxels: Mapping[int, int] | None = None
+
+    def __post_init__(self):
+        if self.features is not None and (not self.features or min(self.features) < 1):
+            raise InputError(f"{_option('--features', self.features)}: give at least one number, each 1 or more")
+        if self.batch_size is not None and min(self.batch_size.values()) < 1:
+            raise InputError(f"--batch_size {min(self.batch_size.values())}: give 1 or more")
+        if self.patch_size is not None and (len(self.patch_size) not in (2, 3) or min(self.patch_size) < 1):
+            raise InputError(f"{self.patch_option}: give 2 or 3 numbers of voxels, each 1 or more")
+        if self.coarsen is not None and not 1 <= self.coarsen < math.inf:
+            raise InputError(f"--coarsen {self.coarsen:g}: give a factor of 1 or more")
+
+    @property
+    def patch_option(self) -> str:
+        """The option that gave the patch size, for errors."""
+        return _option("--patch_size", self.patch_size)
+
+    def with_preset(self, preset: str | None) -> Size:
+        """This size, with what it leaves open as the preset has it."""
+        if preset is None:
+            return self
+        if preset not in PRESETS:
+            raise InputError(f"unknown preset {preset!r}: there are {', '.join(PRESETS)}")
+        return replace(PRESETS[preset], **{part: value for part, value in vars(self).items() if value is not None})
+
+
+def _option(name: str, values: Sequence[int]) -> str:
+    return " ".join([name, *map(str, values)])
+
+
+PRESETS = {
+    # Batch: in 3D nnU-Net's smallest, in 2D about as many voxels a step. A patch then still sees the whole organ.
+    "cpu": Size(features=SMALL_FEATURES, batch_size={2: 8, 3: 2}, coarsen=3, max_voxels=CPU_VOXELS),
+    "small": Size(features=SMALL_FEATURES, batch_size={2: 12, 3: 2}),  # 2D: the literature's, beside 12 unlabelled
+}
+
+
+def derive(
+    preprocessed_dataset_folder: Path,
+    base: str,
+    name: str,
+    preset: str | None,
+    overrides: list[str],
+    size: Size = Size(),
+) -> Path:
     """Write the plans file ``<name>.json``, derived from ``<base>.json``.
 
     Args:
         preprocessed_dataset_folder: the data set's folder in nnUNet_preprocessed.
         base: name of existing plans, e.g. ``nnUNetPlans``.
         name: name of the new plans, with or without ``.json``. A file of that name is replaced only if we derived it.
-        preset: ``cpu`` or None. Without one the configurations, and so the preprocessed data, are those of the base.
+        preset: one of ``PRESETS``, or None.
         overrides: ``TRAINER.KEY=VALUE`` each, TRAINER without epoch suffix; they beat the base's, the last one wins.
+        size: beats the preset. Where neither says anything, the configurations stay as they are, all of them.
 
     Returns:
         The written file.
 
     Raises:
-        InputError: a name, a file, a preset or an override is wrong.
+        InputError: a name, a file, a preset, a size or an override is wrong.
     """
+    size = size.with_preset(preset)
     folder = Path(preprocessed_dataset_folder)
     base, name = base.removesuffix(".json"), name.removesuffix(".json")
     _check_name(name)
@@ -58,10 +124,8 @@ def derive(preprocessed_dataset_folder: Path, base: str, name: str, preset: str 
         raise InputError(f"{target} exists and was not derived by this command: choose another name")
 
     plans = with_settings(plans, parse_overrides(overrides), f"{base}.json with --set")
-    if preset == "cpu":
-        plans = cpu_preset(plans, name)
-    elif preset is not None:
-        raise InputError(f"unknown preset {preset!r}: there is cpu")
+    if size != Size():
+        plans = resized(plans, size, name)
     plans |= {"plans_name": name, DERIVED_FROM: base, PRESET: preset}
     write_json(target, plans, indent=4)
     return target
@@ -109,66 +173,71 @@ def _check_settings(trainer: str, values: dict, where: str) -> None:
     settings.resolve(settings_class, values, f"{where}: {trainer}")
 
 
-def cpu_preset(plans: dict, name: str) -> dict:
-    """A copy of ``plans`` with coarse, small 2d and 3d_fullres configurations and no others.
+def resized(plans: dict, size: Size, name: str) -> dict:
+    """A copy of ``plans`` with the 2d and 3d_fullres configurations in another size, and no others.
 
     Args:
         plans: content of a plans file.
-        name: the new plans' name; the preprocessed data of a configuration is called ``<name>_<configuration>``.
+        size: what to change.
+        name: the new plans' name; the data of a configuration with new spacing is called ``<name>_<configuration>``.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # imports torch
 
     manager = PlansManager(plans)  # resolves inheritance and the format of old versions, on copies
-    kept = [c for c in plans["configurations"] if c in CPU_CONFIGURATIONS]
+    kept = {c: manager.get_configuration(c).configuration for c in plans["configurations"] if c in CONFIGURATIONS}
     if not kept:
-        raise InputError(f"preset cpu needs a configuration {' or '.join(CPU_CONFIGURATIONS)}; the plans have neither")
-    configurations = {c: cpu_configuration(manager.get_configuration(c).configuration, name, c) for c in kept}
-    return {**plans, "configurations": configurations}
+        raise InputError(f"another size needs a configuration {' or '.join(CONFIGURATIONS)}; the plans have neither")
+    if size.patch_size and all(len(c.get("spacing", [])) != len(size.patch_size) for c in kept.values()):
+        raise InputError(
+            f"{size.patch_option}: none of the configurations {', '.join(kept)} has {len(size.patch_size)} axes"
+        )
+    return {**plans, "configurations": {c: resized_configuration(kept[c], size, name, c) for c in kept}}
 
 
-def cpu_configuration(configuration: dict, name: str, configuration_name: str) -> dict:
-    """A copy of one configuration, coarser and re-planned for a CPU; all that is not about size stays.
+def resized_configuration(configuration: dict, size: Size, name: str, configuration_name: str) -> dict:
+    """A copy of one configuration in another size; all that is not about size stays.
+
+    The patch stays unless one is given, a budget of voxels is, or the spacing changes, when it keeps its budget.
 
     Args:
         configuration: as in a plans file, with nothing inherited.
+        size: what to change; its patch size counts if it has as many axes.
         name: the new plans' name.
         configuration_name: e.g. ``3d_fullres``.
     """
-    where = f"preset cpu: configuration {configuration_name}"
+    where = f"configuration {configuration_name}"
     new = copy.deepcopy(configuration)
     new.pop("inherits_from", None)
-    spacing, median = new.get("spacing", []), new.get("median_image_size_in_voxels", [])
+    old, median, patch = (new.get(key, []) for key in ("spacing", "median_image_size_in_voxels", "patch_size"))
     kwargs = new.get("architecture", {}).get("arch_kwargs", {})
-    if (
-        len(spacing) not in CPU_VOXELS
-        or len(median) != len(spacing)
-        or not {"strides", "kernel_sizes"} <= kwargs.keys()
-    ):
+    dim = len(old)
+    needed = {"strides", "kernel_sizes", "features_per_stage"}
+    if dim not in (2, 3) or len(median) != dim or len(patch) != dim or not needed <= kwargs.keys():
         raise InputError(f"{where} is not a U-Net planned by nnU-Net: use plans of nnUNetv2_plan_experiment")
 
-    coarse = coarser(spacing)
-    median = [max(1, round(n * old / s)) for n, old, s in zip(median, spacing, coarse, strict=True)]
-    patch, strides, kernels = plan_patch(coarse, median, CPU_VOXELS[len(spacing)])
+    spacing = coarser(old, size.coarsen or 1)
+    if spacing != old:
+        identifier = f"{name}_{configuration_name}"
+        if identifier == new.get("data_identifier"):
+            raise InputError(f"{where} would overwrite the base's preprocessed data {identifier}: choose another name")
+        median = [max(1, round(n * a / b)) for n, a, b in zip(median, old, spacing, strict=True)]
+        new |= {"data_identifier": identifier, "spacing": spacing, "median_image_size_in_voxels": median}
+    strides, kernels = kwargs["strides"], kwargs["kernel_sizes"]
+    too_small = f"{where}: images of {median} voxels are too small to pool: train with the base plans"
+    if size.patch_size and len(size.patch_size) == dim:
+        patch, strides, kernels = topology(spacing, size.patch_size)
+        if patch != list(size.patch_size):
+            remedy = " ".join(map(str, patch))
+            raise InputError(f"{size.patch_option}: {where} cannot halve it as often as it pools: give {remedy}")
+        too_small = f"{size.patch_option}: too small for {where} to pool: give a larger patch"
+    elif size.max_voxels or spacing != old:
+        patch, strides, kernels = plan_patch(spacing, median, (size.max_voxels or {dim: prod(patch)})[dim])
     stages = len(strides)
     if stages == 1:
-        raise InputError(f"{where}: images of {median} voxels are too small to pool: train with the base plans")
-    identifier = f"{name}_{configuration_name}"
-    if identifier == new.get("data_identifier"):
-        raise InputError(f"{where} would overwrite the base's preprocessed data {identifier}: choose another name")
-
-    new |= {
-        "data_identifier": identifier,
-        "batch_size": CPU_BATCH_SIZE[len(spacing)],
-        "patch_size": patch,
-        "median_image_size_in_voxels": median,
-        "spacing": coarse,
-    }
-    kwargs |= {
-        "n_stages": stages,
-        "features_per_stage": _fit(CPU_FEATURES, stages),
-        "kernel_sizes": kernels,
-        "strides": strides,
-    }
+        raise InputError(too_small)
+    new |= {"patch_size": patch, "batch_size": (size.batch_size or {}).get(dim, new["batch_size"])}
+    kwargs |= {"n_stages": stages, "kernel_sizes": kernels, "strides": strides}
+    kwargs["features_per_stage"] = _fit(size.features or kwargs["features_per_stage"], stages)
     lengths = {"n_conv_per_stage": stages, "n_blocks_per_stage": stages, "n_conv_per_stage_decoder": stages - 1}
     for key, length in lengths.items():
         if isinstance(kwargs.get(key), (list, tuple)):  # a single number holds for all stages
@@ -176,16 +245,25 @@ def cpu_configuration(configuration: dict, name: str, configuration_name: str) -
     return new
 
 
-def coarser(spacing: list[float]) -> list[float]:
-    """``spacing`` in mm, 3 times larger on the axes within a factor of 2 of the finest, unchanged on the others."""
+def coarser(spacing: list[float], factor: float) -> list[float]:
+    """``spacing`` in mm, ``factor`` times larger on the axes within 2 times the finest, unchanged on the others."""
     finest = min(spacing)
-    return [float(s * CPU_SPACING_FACTOR if s / finest < SAME_RESOLUTION else s) for s in spacing]
+    return [float(s * factor if s / finest < SAME_RESOLUTION else s) for s in spacing]
 
 
-def plan_patch(
-    spacing: list[float], median: list[int], max_voxels: int
-) -> tuple[list[int], list[list[int]], list[list[int]]]:
-    """Choose a patch of at most ``max_voxels``, with pooling and kernel sizes from nnU-Net's topology function.
+Topology = tuple[list[int], list[list[int]], list[list[int]]]  # patch size; strides and kernel sizes per stage
+
+
+def topology(spacing: list[float], size: Sequence[int]) -> Topology:
+    """The network that nnU-Net plans for a patch of ``size`` voxels, which is padded to what can be pooled."""
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    _, strides, kernels, patch, _ = get_pool_and_conv_props(spacing, size, MIN_EDGE, MAX_POOLINGS)
+    return [int(n) for n in patch], [list(s) for s in strides], [list(k) for k in kernels]
+
+
+def plan_patch(spacing: list[float], median: list[int], max_voxels: int) -> Topology:
+    """Choose a patch of at most ``max_voxels``, and its network.
 
     As nnU-Net's planner does, start from the median image, clipped to a cube in mm, and shrink the axis that is largest
     relative to the median image. The planner shrinks by estimated GPU memory, we by the number of voxels.
@@ -194,18 +272,13 @@ def plan_patch(
         spacing: mm per voxel, 2 or 3 axes.
         median: voxels of the median image, same axes.
         max_voxels: budget of the patch.
-
-    Returns:
-        Patch size in voxels, strides and kernel sizes per stage.
     """
-    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
-
     edge_mm = (LARGEST_PATCH[len(spacing)] * prod(spacing)) ** (1 / len(spacing))
     size = [min(n, round(edge_mm / s)) for n, s in zip(median, spacing, strict=True)]
     while True:
-        _, strides, kernels, patch, _ = get_pool_and_conv_props(spacing, size, MIN_EDGE, MAX_POOLINGS)
+        patch, strides, kernels = topology(spacing, size)
         if prod(patch) <= max_voxels:
-            return [int(n) for n in patch], [list(s) for s in strides], [list(k) for k in kernels]
+            return patch, strides, kernels
         # by one voxel: padding may hold the patch for a few rounds, but no size is skipped and the loop must end
         shrinkable = [axis for axis, n in enumerate(size) if n > MIN_EDGE]
         size[max(shrinkable, key=lambda axis: (patch[axis] / median[axis], axis))] -= 1

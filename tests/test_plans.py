@@ -1,4 +1,4 @@
-"""Derived plans files: the CPU preset, settings from the command line, and every wrong input."""
+"""Derived plans files: presets, parts of a size, settings from the command line, and every wrong input."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semisup import discovery, plans
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.plans import Size
 from nnunetv2_semisup.settings import SemiSupSettings
 
 DATASET = "Dataset950_Fabricated"
 TRAINER = "nnUNetTrainerMeanTeacher"
+CPU = plans.PRESETS["cpu"]
 GEOMETRIES = {  # spacing in mm and median shape in voxels, axes z, y, x
     "LA": ((0.625, 0.625, 0.625), (88, 142, 190)),
     "ACDC": ((10.0, 1.5, 1.5), (10, 216, 256)),
@@ -215,7 +217,7 @@ def test_left_atrium(folder, kind):
 @pytest.mark.parametrize("kind", BASES)
 def test_anisotropic(planned, kind, geometry, dim, spacing, median):
     base = base_configuration(planned, kind, dim, *GEOMETRIES[geometry])
-    configuration = plans.cpu_configuration(base, "small", "c")
+    configuration = plans.resized_configuration(base, CPU, "small", "c")
     check_invariants(configuration)
     assert configuration["spacing"] == pytest.approx(spacing)
     assert configuration["median_image_size_in_voxels"] == median
@@ -230,8 +232,8 @@ def test_anisotropic(planned, kind, geometry, dim, spacing, median):
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_patch_is_that_of_nnunets_planner(planned, geometry, dim):
     """With voxels in place of the memory estimate nnU-Net's own planner arrives at the same patch and network."""
-    configuration = plans.cpu_configuration(
-        base_configuration(planned, "plain", dim, *GEOMETRIES[geometry]), "small", "c"
+    configuration = plans.resized_configuration(
+        base_configuration(planned, "plain", dim, *GEOMETRIES[geometry]), CPU, "small", "c"
     )
     expected = VoxelPlanner(DATASET).get_plans_for_configuration(
         np.array(configuration["spacing"]), configuration["median_image_size_in_voxels"], "", 1e12, {}
@@ -253,7 +255,7 @@ def test_invariants(planned, data, dim, kind):
     base = base_configuration(planned, kind, dim, spacing, median)
     before = copy.deepcopy(base)
     try:
-        configuration = plans.cpu_configuration(base, "small", "c")
+        configuration = plans.resized_configuration(base, CPU, "small", "c")
     except InputError as error:
         assert "too small to pool" in str(error)
         patch, _, _ = plans.plan_patch(coarse, image, plans.CPU_VOXELS[dim])
@@ -281,7 +283,7 @@ def test_more_stages_than_the_base(planned, kind):
     kwargs = base["architecture"]["arch_kwargs"]
     blocks = "n_conv_per_stage" if kind == "plain" else "n_blocks_per_stage"
     kwargs |= {"n_stages": 2, blocks: [1, 3], "n_conv_per_stage_decoder": [2]}
-    configuration = plans.cpu_configuration(base, "small", "2d")
+    configuration = plans.resized_configuration(base, CPU, "small", "2d")
     check_invariants(configuration)
     kwargs = configuration["architecture"]["arch_kwargs"]
     assert kwargs["n_stages"] == 6
@@ -293,7 +295,7 @@ def test_more_stages_than_the_base(planned, kind):
 def test_one_number_for_all_stages_stays(planned):
     base = base_configuration(planned, "plain", 2, *GEOMETRIES["LA"])
     base["architecture"]["arch_kwargs"] |= {"n_conv_per_stage": 2, "n_conv_per_stage_decoder": 1}
-    kwargs = plans.cpu_configuration(base, "small", "2d")["architecture"]["arch_kwargs"]
+    kwargs = plans.resized_configuration(base, CPU, "small", "2d")["architecture"]["arch_kwargs"]
     assert (kwargs["n_conv_per_stage"], kwargs["n_conv_per_stage_decoder"]) == (2, 1)
 
 
@@ -319,6 +321,156 @@ def test_preset_of_a_2d_data_set(folder):
     assert list(read(plans.derive(folder, "nnUNetPlans", "small", "cpu", []))["configurations"]) == ["2d"]
 
 
+# ---------------------------------------------------------------- the small preset and parts of a size
+
+PARTS = {"patch_size", "batch_size", "spacing", "median_image_size_in_voxels", "data_identifier"}
+
+
+def network(configuration: dict) -> dict:
+    return configuration["architecture"]["arch_kwargs"]
+
+
+def derive(folder, preset=None, **parts) -> dict:
+    """Configurations of plans called ours."""
+    return read(plans.derive(folder, "nnUNetPlans", "ours", preset, [], Size(**parts)))["configurations"]
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_small_changes_features_and_batch_only(folder, kind):
+    base = read(folder / f"{BASES[kind]}.json")
+    base["configurations"]["3d_lowres"] = base["configurations"]["3d_fullres"]
+    (folder / f"{BASES[kind]}.json").write_text(json.dumps(base))
+    derived = read(plans.derive(folder, BASES[kind], "ours", "small", []))
+    assert derived[plans.PRESET] == "small"
+    assert list(derived["configurations"]) == ["2d", "3d_fullres"]
+    for name, configuration in derived["configurations"].items():
+        expected = base["configurations"][name]
+        stages = len(network(expected)["strides"])
+        network(expected)["features_per_stage"] = [8, 16, 32, 64, 64, 64, 64, 64][:stages]
+        expected["batch_size"] = {"2d": 12, "3d_fullres": 2}[name]
+        assert configuration == expected
+        assert forward(configuration).shape == (1, 2, *configuration["patch_size"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "changed"),
+    [
+        ({"features": [4, 8]}, set()),
+        ({"batch_size": {2: 3, 3: 3}}, {"batch_size"}),
+        ({"coarsen": 1.0}, set()),
+        ({"coarsen": 2.0}, {"patch_size", "spacing", "median_image_size_in_voxels", "data_identifier"}),
+        ({"patch_size": [32, 64, 64]}, {"patch_size"}),
+    ],
+)
+def test_one_part_changes_nothing_else(folder, parts, changed):
+    base, new = (
+        c["3d_fullres"] for c in (read(folder / "nnUNetPlans.json")["configurations"], derive(folder, **parts))
+    )
+    assert {key for key in PARTS if new[key] != base[key]} == changed
+    assert {key: value for key, value in new.items() if key not in {*PARTS, "architecture"}} == {
+        key: value for key, value in base.items() if key not in {*PARTS, "architecture"}
+    }
+    expected = {"features": [4, *[8] * 9], "batch_size": None}.get(next(iter(parts)))
+    features = expected or network(base)["features_per_stage"]
+    assert network(new)["features_per_stage"] == features[: len(network(new)["strides"])]
+    if changed <= {"batch_size"}:
+        assert [network(new)[key] for key in ("strides", "kernel_sizes")] == [
+            network(base)[key] for key in ("strides", "kernel_sizes")
+        ]
+    assert forward(new).shape == (1, 2, *new["patch_size"])
+
+
+def test_coarser_images_keep_the_budget_of_the_patch(folder):
+    base = read(folder / "nnUNetPlans.json")["configurations"]["3d_fullres"]
+    new = derive(folder, coarsen=1.5)["3d_fullres"]
+    assert new["spacing"] == pytest.approx([0.9375] * 3)
+    assert new["median_image_size_in_voxels"] == [59, 95, 127]
+    assert new["data_identifier"] == "ours_3d_fullres"
+    assert prod(new["patch_size"]) <= prod(base["patch_size"])
+
+
+def test_a_patch_is_for_the_configurations_with_as_many_axes(folder):
+    base = read(folder / "nnUNetPlans.json")["configurations"]
+    new = derive(folder, patch_size=[96, 128])
+    assert new["3d_fullres"] == base["3d_fullres"]
+    assert new["2d"]["patch_size"] == [96, 128]
+    assert network(new["2d"])["strides"] == [[1, 1]] + [[2, 2]] * 4
+    assert new["2d"]["data_identifier"] == "nnUNetPlans_2d"
+
+
+def test_parts_beat_the_preset(folder):
+    new = derive(folder, "cpu", patch_size=[16, 32, 32], coarsen=1, batch_size={2: 5, 3: 5})
+    full, flat = new["3d_fullres"], new["2d"]
+    assert (full["patch_size"], full["batch_size"], full["spacing"]) == ([16, 32, 32], 5, [0.625] * 3)
+    assert network(full)["features_per_stage"] == [8, 16, 32, 64][: len(network(full)["strides"])]
+    assert full["data_identifier"] == "nnUNetPlans_3d_fullres"
+    assert prod(flat["patch_size"]) <= plans.CPU_VOXELS[2]  # the preset's budget holds where no patch is given
+    assert network(derive(folder, "cpu", features=[2])["2d"])["features_per_stage"] == [2] * 4
+
+
+def test_the_base_is_named_where_its_data_would_be_overwritten(folder):
+    (folder / "nnUNetPlans.json").rename(folder / "other.json")
+    fails("choose another name", folder, "other", "nnUNetPlans", None, [], Size(coarsen=2))
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(data=st.data(), dim=st.sampled_from([2, 3]), kind=st.sampled_from(list(BASES)))
+def test_any_patch_fits_or_the_remedy_does(planned, data, dim, kind):
+    spacing = [round(2**e, 3) for e in data.draw(st.lists(st.floats(-1, 3), min_size=dim, max_size=dim))]
+    patch = data.draw(st.lists(st.integers(1, 70), min_size=dim, max_size=dim))
+    base = base_configuration(planned, kind, dim, spacing, (60,) * 3)
+    try:
+        configuration = plans.resized_configuration(base, Size(patch_size=patch), "ours", "c")
+    except InputError as error:
+        assert str(error).startswith(f"--patch_size {' '.join(map(str, patch))}: ")
+        remedy = re.search(r"pools: give ([\d ]+)$", str(error))
+        if not remedy:
+            assert "too small" in str(error) and min(patch) < 12
+            return
+        patch = [int(n) for n in remedy[1].split()]
+        configuration = plans.resized_configuration(base, Size(patch_size=patch), "ours", "c")
+    kwargs = network(configuration)
+    assert configuration["patch_size"] == patch
+    assert all(n % stride == 0 for n, stride in zip(patch, np.prod(kwargs["strides"], axis=0), strict=True))
+    assert len(kwargs["features_per_stage"]) == len(kwargs["strides"]) == kwargs["n_stages"] > 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"features": []}, "--features: give at least one number"),
+        ({"features": [8, 0]}, "--features 8 0: give at least one number, each 1 or more"),
+        ({"batch_size": {2: 0, 3: 0}}, "--batch_size 0: give 1 or more"),
+        ({"patch_size": []}, "--patch_size: give 2 or 3 numbers"),
+        ({"patch_size": [64]}, "--patch_size 64: give 2 or 3 numbers"),
+        ({"patch_size": [64, 0]}, "--patch_size 64 0: give 2 or 3 numbers of voxels, each 1 or more"),
+        ({"coarsen": 0.5}, "--coarsen 0.5: give a factor of 1 or more"),
+        ({"coarsen": float("nan")}, "--coarsen nan: give a factor of 1 or more"),
+        ({"coarsen": float("inf")}, "--coarsen inf: give a factor of 1 or more"),
+    ],
+)
+def test_size_that_cannot_be(parts, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Size(**parts)
+
+
+def test_patch_that_fits_no_configuration(folder):
+    for patch, message in {
+        (
+            30,
+            48,
+            48,
+        ): "--patch_size 30 48 48: configuration 3d_fullres cannot halve it as often as it pools: give 32 48 48",
+        (4, 4, 4): "--patch_size 4 4 4: too small for configuration 3d_fullres to pool: give a larger patch",
+    }.items():
+        fails(message, folder, "nnUNetPlans", "ours", None, [], Size(patch_size=patch))
+    base = read(folder / "nnUNetPlans.json")
+    del base["configurations"]["3d_fullres"]
+    (folder / "nnUNetPlans.json").write_text(json.dumps(base))
+    message = "--patch_size 32 32 32: none of the configurations 2d has 3 axes"
+    fails(message, folder, "nnUNetPlans", "ours", "small", [], Size(patch_size=(32, 32, 32)))
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -340,7 +492,7 @@ def test_twice_the_same(folder, known, preset):
     first = plans.derive(*arguments).read_bytes()
     assert plans.derive(*arguments).read_bytes() == first
     text = first.decode()
-    assert text == json.dumps(json.loads(text), indent=4)  # nnU-Net's style
+    assert text == json.dumps(json.loads(text), indent=4) + "\n"  # nnU-Net's style
     (folder / "ours.json").unlink()
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before  # base as it was, nothing left over
 
@@ -485,7 +637,7 @@ def test_wrong_setting_in_the_base(folder, known, semisup):
 
 
 def test_preset_that_cannot_be(folder, planned):
-    fails("unknown preset 'gpu': there is cpu", folder, "nnUNetPlans", "ours", "gpu", [])
+    fails("unknown preset 'gpu': there are cpu, small", folder, "nnUNetPlans", "ours", "gpu", [])
     # stock ResEnc plans share the data of nnUNetPlans: a name that would make the preset overwrite them
     (folder / "nnUNetPlans.json").unlink()
     fails("would overwrite", folder, "nnUNetResEncUNetMPlans", "nnUNetPlans", "cpu", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +60,26 @@ def test_files_and_previews(nnunet_raw, source):
         "imagesTr": {"a", "b"}, "imagesUn": {"c"}, "imagesTs": {"d"}, "previews": {"a", "d"}
     }  # fmt: skip
     assert "0.002 ml on average" in report and not list(nnunet_raw.glob(".*"))
+
+
+def read_channels(case: Case) -> tuple[tuple[sitk.Image, ...], sitk.Image | None, str]:
+    image, label, remark = read_case(case, 0)
+    return (image, image + 7), label, remark
+
+
+def test_one_file_per_channel(nnunet_raw, source):
+    recipe = replace(make_recipe(source), read=read_channels, channels=["T1", "T2"], separate_channels=True)
+    (source / "d.nrrd").rename(source / "elsewhere")
+    (source / "d.nrrd").write_bytes(b"NRRD")
+    refuse(nnunet_raw, r"\(3 cases are finished", convert, recipe, source)
+    (source / "elsewhere").rename(source / "d.nrrd")
+    (nnunet_raw / ".unfinished_Dataset007_X" / "imagesTr" / "a_0001.nii.gz").unlink()
+    convert(recipe, source, previews=2)
+    target = nnunet_raw / "Dataset007_X"
+    for folder, case in (("imagesTr", "a"), ("imagesUn", "c"), ("imagesTs", "d")):
+        first, second = (read(target / folder / f"{case}_{channel}.nii.gz")[0] for channel in ("0000", "0001"))
+        np.testing.assert_array_equal(second, first + 7)
+    assert len(list(target.glob("images*/*"))) == 8 and names(target / "previews") == {"a", "d"}
 
 
 def test_only_what_is_finished_and_unchanged_is_kept(nnunet_raw, source):
@@ -201,6 +222,27 @@ def test_labelled_choice():
     assert lists.choose_labelled("all", ["a", "b"]) == ["a", "b"]
     with pytest.raises(InputError, match="must be 1 to 2"):
         lists.choose_labelled("3", ["a", "b"])
+
+
+@given(st.integers(1, 30), st.data())
+def test_subsets_are_disjoint_and_together_the_list(number, data):
+    cases = [f"case{i}" for i in range(number)]
+    size = data.draw(st.integers(1, number))
+    subsets = [lists.choose_labelled(str(size), cases, k) for k in range(number // size)]
+    assert all(len(subset) == size for subset in subsets)
+    assert [case for subset in subsets for case in subset] == cases[: size * len(subsets)]
+    for wrong in (-1, len(subsets)):
+        with pytest.raises(InputError, match=f"--subset {wrong}: .*give 0 to {len(subsets) - 1}$"):
+            lists.choose_labelled(str(size), cases, wrong)
+
+
+@pytest.mark.parametrize("choice", ["all", "list.txt"])
+def test_only_a_number_has_subsets(choice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text("a\n", encoding="utf-8")
+    assert "a" in lists.choose_labelled(choice, ["a", "b"], 0)
+    with pytest.raises(InputError, match="--subset 1: only a number"):
+        lists.choose_labelled(choice, ["a", "b"], 1)
 
 
 def test_list_written_by_the_windows_editor(tmp_path):
