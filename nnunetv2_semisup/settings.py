@@ -21,42 +21,57 @@ from nnunetv2_semisup import names
 from nnunetv2_semisup.errors import InputError
 
 
-def setting(default, source: str, unit: str = ""):
-    """A dataclass field with its source (paper section, equation, or our reason) and its unit."""
-    return field(default=default, metadata={"source": source, "unit": unit})
+def setting(default, source: str, unit: str = "", within: str = ""):
+    """A dataclass field.
+
+    Args:
+        default: its value where the plans file has none.
+        source: paper section, equation, or our reason.
+        unit: of the value.
+        within: the interval of allowed values, as in ``(0, 1]`` or ``[1, inf)``; of a tuple, for each entry. None is
+            always allowed.
+    """
+    return field(default=default, metadata={"source": source, "unit": unit, "within": within})
 
 
 @dataclass(frozen=True)
 class SemiSupSettings:
     """What every method has. Each method's dataclass inherits from this one."""
 
-    num_epochs: int = setting(1000, "nnU-Net; the suffix of nnUNetTrainerX_<N>epochs beats it", "epochs")
-    num_iterations_per_epoch: int = setting(250, "nnU-Net", "optimiser steps")
-    num_val_iterations_per_epoch: int = setting(50, "nnU-Net", "batches")
-    unlabeled_batch_size: int | None = setting(None, "as many as labelled ones, the literature's choice", "patches")
-    save_every_minutes: float = setting(10.0, "ours: at most this plus one epoch is lost", "minutes")
+    num_epochs: int = setting(
+        1000, "nnU-Net; the suffix of nnUNetTrainerX_<N>epochs beats it", "epochs", within="[1, inf)"
+    )
+    num_iterations_per_epoch: int = setting(250, "nnU-Net", "optimiser steps", within="[1, inf)")
+    num_val_iterations_per_epoch: int = setting(50, "nnU-Net", "batches", within="[1, inf)")
+    unlabeled_batch_size: int | None = setting(
+        None, "as many as labelled ones, the literature's choice", "patches", within="[1, inf)"
+    )
+    save_every_minutes: float = setting(10.0, "ours: at most this plus one epoch is lost", "minutes", within="[0, inf)")
     preset: Literal["default", "published"] = setting("default", "published: the paper's values for what is not set")
-    start_dice: float = setting(0.5, "ours: online Dice that every class must reach before the terms start; 0: at once")
-    start_latest: float = setting(0.3, "ours: then they start for classes that have reached it", "share of training")
-    ramp_share: float = setting(0.2, "ours: ramp of all terms from the start on; 0: none", "share of what is left")
-    guards: bool = setting(True, "ours: absent and vanishing classes count less, see docs")
+    start_dice: float = setting(
+        0.5, "ours: online Dice that every class must reach before the terms start; 0: at once", within="[0, 1]"
+    )
+    start_latest: float = setting(
+        0.3, "ours: then they start for classes that have reached it", "share of training", within="[0, 1]"
+    )
+    ramp_share: float = setting(
+        0.2, "ours: ramp of all terms from the start on; 0: none", "share of what is left", within="[0, 1]"
+    )
+    guards: bool = setting(True, "ours: absent and vanishing classes count less, see docs/start.md")
     deterministic_seed: int | None = setting(None, "ours: weights, loaders and noise; exact with nnUNet_n_proc_DA=0")
 
     #: The paper's values where the defaults differ, for ``preset = published``; a subclass adds to those of its base.
     published: ClassVar[dict[str, Any]] = {"start_dice": 0.0, "ramp_share": 0.0, "guards": False}
 
     def __post_init__(self):
-        for key in ("start_dice", "start_latest", "ramp_share"):
-            self.require(0 <= getattr(self, key) <= 1, key, "in [0, 1]")
-        self.require(self.num_epochs >= 1, "num_epochs", "at least 1")
-        self.require(self.num_iterations_per_epoch >= 1, "num_iterations_per_epoch", "at least 1")
-        self.require(self.num_val_iterations_per_epoch >= 1, "num_val_iterations_per_epoch", "at least 1")
-        if self.unlabeled_batch_size is not None:
-            self.require(self.unlabeled_batch_size >= 1, "unlabeled_batch_size", "at least 1 or null")
-        self.require(self.save_every_minutes >= 0, "save_every_minutes", "0 or more")
+        for f in dataclasses.fields(self):
+            value, within = getattr(self, f.name), f.metadata.get("within")
+            if within and value is not None:
+                entries = value if isinstance(value, tuple) else (value,)
+                self.require(all(_lies_in(within, entry) for entry in entries), f.name, f"in {within}")
 
     def require(self, condition: bool, key: str, range_: str) -> None:
-        """Raise an InputError unless ``condition``; for checks of ranges in ``__post_init__``."""
+        """Raise an InputError unless ``condition``; for relations between settings, in ``__post_init__``."""
         if not condition:
             raise InputError(f"setting {key} = {getattr(self, key)!r} is out of range: it must be {range_}")
 
@@ -139,6 +154,12 @@ def as_json(settings: SemiSupSettings) -> dict:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
 
 
+def _lies_in(interval: str, value: float) -> bool:
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= low if interval.startswith("[") else value > low
+    return above and (value <= high if interval.endswith("]") else value < high)
+
+
 def _checked(value, hint, where: str):
     """``value`` converted to ``hint``, or an InputError."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -155,5 +176,11 @@ def _checked(value, hint, where: str):
         if origin is tuple and isinstance(value, (list, tuple)):
             (item_hint, _) = typing.get_args(option)  # only tuple[X, ...] is used
             return tuple(_checked(item, item_hint, where) for item in value)
-    readable = " or ".join(getattr(o, "__name__", str(o)).replace("NoneType", "null") for o in options)
+    readable = " or ".join(map(_readable, options))
     raise InputError(f"{where} = {value!r} has the wrong type: it must be {readable}")
+
+
+def _readable(option) -> str:
+    if typing.get_origin(option) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(option)))
+    return "null" if option is type(None) else option.__name__

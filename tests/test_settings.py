@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nnunetv2_semisup import settings
 from nnunetv2_semisup.errors import InputError
@@ -12,14 +14,10 @@ from nnunetv2_semisup.settings import SemiSupSettings, resolve, setting
 
 @dataclass(frozen=True)
 class Example(SemiSupSettings):
-    weight: float = setting(1.0, "paper")
+    weight: float = setting(1.0, "paper", within="[0, inf)")
     mode: Literal["fixed", "ramp"] = setting("fixed", "paper")
-    stages: tuple[float, ...] = setting((0.1, 0.9), "paper")
+    stages: tuple[float, ...] = setting((0.1, 0.9), "paper", within="(0, 1]")
     use: bool = setting(True, "paper")
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.weight >= 0, "weight", "0 or more")
 
 
 def test_overrides_and_json_round_trip():
@@ -37,8 +35,9 @@ def test_overrides_and_json_round_trip():
         ({"weight": "1"}, "weight = '1' has the wrong type.*float"),
         ({"weight": True}, "wrong type"),
         ({"weight": float("nan")}, "wrong type"),
-        ({"weight": -1}, "plans: setting weight = -1.0 is out of range"),
-        ({"mode": "slow"}, "mode = 'slow' has the wrong type"),
+        ({"weight": -1}, r"plans: setting weight = -1.0 is out of range: it must be in \[0, inf\)"),
+        ({"stages": [1, 0.5, 0]}, r"stages = \(1.0, 0.5, 0.0\) is out of range: it must be in \(0, 1\]"),
+        ({"mode": "slow"}, "mode = 'slow' has the wrong type: it must be 'fixed' or 'ramp'"),
         ({"use": 1}, "wrong type"),
         ({"num_epochs": 1.5}, "num_epochs = 1.5"),
         ({"num_epochs": 0}, "out of range"),
@@ -51,6 +50,36 @@ def test_wrong_input_is_one_clear_line(overrides, message):
     with pytest.raises(InputError, match=message) as error:
         resolve(Example, overrides, "plans")
     assert "\n" not in str(error.value) and str(error.value).startswith("plans")
+
+
+@given(st.data(), st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.sampled_from("[("), st.sampled_from("])"))
+def test_a_value_is_accepted_exactly_within_its_interval(data, low, width, opening, closing):
+    high = low + width
+    interval = f"{opening}{low}, {high}{closing}"
+    numbers = st.floats(low - width, high + width) | st.sampled_from([low, high])
+    entries = tuple(data.draw(st.lists(numbers, max_size=4)))
+    inside = [low < x < high or (x == low and opening == "[") or (x == high and closing == "]") for x in entries]
+
+    def accepted(value) -> bool:
+        field = ("value", float | tuple[float, ...] | None, setting(value, "paper", within=interval))
+        try:
+            dataclasses.make_dataclass("Drawn", [field], bases=(SemiSupSettings,), frozen=True)()
+        except InputError as error:
+            assert str(error) == f"setting value = {value!r} is out of range: it must be in {interval}"
+            return False
+        return True
+
+    assert accepted(entries) == all(inside)
+    assert [accepted(entry) for entry in entries] == inside
+    assert accepted(None)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_an_interval_may_be_unbounded(value):
+    assert Example(weight=abs(value))
+    if value < 0:
+        with pytest.raises(InputError, match="weight"):
+            Example(weight=value)
 
 
 def test_every_setting_of_every_method_has_a_source():

@@ -1,9 +1,7 @@
 """Distillation of the relations between voxels of a feature map from the teacher to the student."""
 
 import math
-from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,8 +29,8 @@ def voxel_vectors(features: Tensor, max_voxels: int) -> Tensor:
     return features.flatten(2).transpose(1, 2)
 
 
-def pair_distillation(student: Tensor, teacher: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """-log softmax_k cos(s_j, t_k) at k = j, over the voxels of the same volume, at temperature 1.
+def pair_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over voxels j of -log softmax_k cos(s_j, t_k) at k = j, over the voxels k of the same volume.
 
     Not 0 for equal features: n orthogonal voxels give log(e + n - 1) - 1, equal ones log n, and no features less than
     log(1 + (n - 1) exp(-2)).
@@ -40,24 +38,10 @@ def pair_distillation(student: Tensor, teacher: Tensor, reduction: Literal["mean
     Args:
         student: (B, n, F) float, carries the gradient.
         teacher: the same shape, no gradient.
-        reduction: "mean" over the volumes' voxels, or their "sum", with the mean over volumes.
 
     Returns:
         Scalar above 0.
 
     Reference: SimCVD (You et al., IEEE TMI 2022), equation 4, which prints the sum.
     """
-    loss = info_nce(student, teacher, temperature=1.0)
-    return loss * student.shape[1] if reduction == "sum" else loss
-
-
-def similarity_difference(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over pairs of voxels of (cos(s_j, s_k) - cos(t_j, t_k))^2, in [0, 4]; 0 for equal features.
-
-    Args: as :func:`pair_distillation`.
-
-    Reference: Liu et al., CVPR 2019, arXiv 1903.04197, equation 3.
-    """
-    with torch.autocast(student.device.type, enabled=False):
-        student, teacher = (F.normalize(x.float(), dim=2) for x in (student, teacher))
-        return (student @ student.transpose(1, 2) - teacher @ teacher.transpose(1, 2)).square().mean()
+    return info_nce(student, teacher, temperature=1.0)

@@ -51,37 +51,52 @@ class ACTIONSettings(SemiSupSettings):
     """The paper's values where it has them, else those of the released code; docs/methods/action.md compares them."""
 
     stage_fractions: tuple[float, ...] = setting(
-        (0.0, 1 / 3, 2 / 3), "published: 0.25, 0.25, 0.5; stage one learns from no label, see docs", "share of training"
+        (0.0, 1 / 3, 2 / 3), "published: 0.25, 0.25, 0.5; see docs/methods/action.md", "share", within="[0, 1]"
     )
     lr_restart: bool = setting(False, "published: true, each stage has its own poly curve; false: one for the run")
     stage1_supervised: bool = setting(False, "paper, code; true adds the supervised loss if stage one is unstable")
-    w_global: float = setting(1.0, "code: weight of the global distillation, stages one and two")
-    w_local: float = setting(1.0, "code: weight of the local distillation, stage two")
-    w_unsup: float = setting(1.0, "code: weight of the pseudo-label loss, stage three")
-    w_anco: float = setting(0.01, "code; also tuned so in ARCO: weight of the anatomical contrast, stage three")
-    teacher_decay: float = setting(0.99, "paper, code; no warm-up", "per step")
-    tau_s: float = setting(0.1, "paper: temperature of the student in the distillation")
-    tau_t: float = setting(0.01, "paper; the 3D scripts have 0.6, softer than the student")
-    queue_size: int = setting(36, "paper, code", "images")
+    w_global: float = setting(1.0, "code: weight of the global distillation, stages one and two", within="[0, inf)")
+    w_local: float = setting(1.0, "code: weight of the local distillation, stage two", within="[0, inf)")
+    w_unsup: float = setting(1.0, "code: weight of the pseudo-label loss, stage three", within="[0, inf)")
+    w_anco: float = setting(
+        0.01, "code; also tuned so in ARCO: weight of the anatomical contrast, stage three", within="[0, inf)"
+    )
+    teacher_decay: float = setting(0.99, "paper, code; no warm-up", "per step", within="[0, 1)")
+    tau_s: float = setting(0.1, "paper: temperature of the student in the distillation", within="(0, inf)")
+    tau_t: float = setting(0.01, "paper; the 3D scripts have 0.6, softer than the student", within="(0, inf)")
+    queue_size: int = setting(36, "paper, code", "images", within="[1, inf)")
     strong_on: Literal["student", "teacher"] = setting("student", "best in the paper; the code's 2D default is teacher")
     local_mode: Literal["same_window", "pooled"] = setting("same_window", "paper; pooled: random windows as anchors")
     head_activation: Literal["relu", "none"] = setting("relu", "ARCO: non-linear; none: code")
     global_cells: int = setting(
-        2, "ours, see docs: instance norm leaves no mean to compare; 1: global average, paper and code", "per axis"
+        2,
+        "ours, see docs: instance norm leaves no mean to compare; 1: global average, paper and code",
+        "per axis",
+        within="[1, inf)",
     )
-    global_features: int = setting(128, "3D code; 2D code: 512", "channels")
-    representation_features: int = setting(128, "3D code; 2D code: 512", "channels")
-    jitter_probability: float = setting(0.5, "code: brightness and contrast of the strong view", "probability")
-    jitter_strength: float = setting(0.25, "nnU-Net's range and the 2D code's of stage three; 3D code: 0.02", "factor")
-    blur_probability: float = setting(0.5, "code: blur of the strong view", "probability")
+    global_features: int = setting(128, "3D code; 2D code: 512", "channels", within="[1, inf)")
+    representation_features: int = setting(128, "3D code; 2D code: 512", "channels", within="[1, inf)")
+    jitter_probability: float = setting(
+        0.5, "code: brightness and contrast of the strong view", "probability", within="[0, 1]"
+    )
+    jitter_strength: float = setting(
+        0.25, "nnU-Net's range and the 2D code's of stage three; 3D code: 0.02", "factor", within="[0, 1)"
+    )
+    blur_probability: float = setting(0.5, "code: blur of the strong view", "probability", within="[0, 1]")
     mix: Literal["cutmix", "classmix", "none"] = setting("cutmix", "2D scripts; 3D default of the code: classmix")
-    confident: float = setting(0.97, "paper, code: share of such voxels is a patch's weight", "probability")
-    weak_threshold: float = setting(0.7, "code: unlabelled voxels of the contrast need it", "probability")
-    hard_threshold: float = setting(0.97, "code: queries are voxels whose student is below it", "probability")
-    tau_anco: float = setting(0.5, "paper, code: temperature of the contrast")
-    queries: int = setting(256, "paper, code", "voxels per class")
-    negatives: int = setting(512, "paper, code", "voxels per query")
-    tau_classes: float = setting(0.5, "code: temperature of the classes of negatives")
+    confident: float = setting(
+        0.97, "paper, code: share of such voxels is a patch's weight", "probability", within="[0, 1]"
+    )
+    weak_threshold: float = setting(
+        0.7, "code: unlabelled voxels of the contrast need it", "probability", within="[0, 1]"
+    )
+    hard_threshold: float = setting(
+        0.97, "code: queries are voxels whose student is below it", "probability", within="[0, 1]"
+    )
+    tau_anco: float = setting(0.5, "paper, code: temperature of the contrast", within="(0, inf)")
+    queries: int = setting(256, "paper, code", "voxels per class", within="[1, inf)")
+    negatives: int = setting(512, "paper, code", "voxels per query", within="[1, inf)")
+    tau_classes: float = setting(0.5, "code: temperature of the classes of negatives", within="(0, inf)")
 
     published: ClassVar[dict[str, Any]] = {
         **SemiSupSettings.published,
@@ -102,18 +117,8 @@ class ACTIONSettings(SemiSupSettings):
         self.require(
             self.start_dice == 0 or not early, "start_dice", "0 with lr_restart or with a stage one without labels"
         )
-        for key in ("w_global", "w_local", "w_unsup", "w_anco"):
-            self.require(getattr(self, key) >= 0, key, "0 or more")
         if s[0] > 0 and not self.stage1_supervised:
             self.require(self.w_global > 0, "w_global", "above 0, as stage one has no other loss")
-        for key in ("tau_s", "tau_t", "tau_anco", "tau_classes"):
-            self.require(getattr(self, key) > 0, key, "above 0")
-        for key in ("teacher_decay", "jitter_strength"):
-            self.require(0 <= getattr(self, key) < 1, key, "in [0, 1)")
-        for key in ("jitter_probability", "blur_probability", "confident", "weak_threshold", "hard_threshold"):
-            self.require(0 <= getattr(self, key) <= 1, key, "in [0, 1]")
-        for key in ("queue_size", "global_cells", "global_features", "representation_features", "queries", "negatives"):
-            self.require(getattr(self, key) >= 1, key, "at least 1")
 
     def _each_stage_has_an_epoch(self, epochs: int) -> bool:
         lengths = (end - start for start, end in pairwise(stage_bounds(self.stage_fractions, epochs)))

@@ -33,27 +33,25 @@ class ACTIONPlusPlusSettings(ACTIONSettings):
     """ACTION's, and those of the additions. The schedule replaces tau_s, tau_t and tau_anco, which must keep their
     defaults."""
 
-    stage_fractions: tuple[float, ...] = setting((0.0, 0.25, 0.75), "paper: joint pre-training, LA 5k + 15k iterations")
-    w_aaco: float = setting(0.01, "code: weight of the adaptive anatomical contrast, stage three")
-    lambda_a: float = setting(0.2, "paper, TSC; 2D script: 0.1. Weight of the own class centre")
-    tau_min: float = setting(0.1, "paper: lowest temperature, at half time of a stage")
-    tau_max: float = setting(1.0, "paper: temperature at both ends of a stage")
-    teacher_sharpness: float = setting(0.1, "ours: teacher's over student's temperature, ACTION's 0.01 : 0.1", "factor")
-    voxels: int = setting(256, "code: labelled voxels per class and step")
-    voxel_queue_size: int = setting(12288, "code: earlier teacher embeddings", "voxels")
-    centroid_decay: float = setting(0.9, "code: moving average of the class means", "per step")
+    stage_fractions: tuple[float, ...] = setting(
+        (0.0, 0.25, 0.75), "paper: joint pre-training, LA 5k + 15k iterations", within="[0, 1]"
+    )
+    w_aaco: float = setting(0.01, "code: weight of the adaptive anatomical contrast, stage three", within="[0, inf)")
+    lambda_a: float = setting(0.2, "paper, TSC; 2D script: 0.1. Weight of the own class centre", within="[0, inf)")
+    tau_min: float = setting(0.1, "paper: lowest temperature, at half time of a stage", within="(0, inf)")
+    tau_max: float = setting(1.0, "paper: temperature at both ends of a stage", within="(0, inf)")
+    teacher_sharpness: float = setting(
+        0.1, "ours: teacher's over student's temperature, ACTION's 0.01 : 0.1", "factor", within="(0, inf)"
+    )
+    voxels: int = setting(256, "code: labelled voxels per class and step", within="[1, inf)")
+    voxel_queue_size: int = setting(12288, "code: earlier teacher embeddings", "voxels", within="[1, inf)")
+    centroid_decay: float = setting(0.9, "code: moving average of the class means", "per step", within="[0, 1)")
 
     published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "lr_restart": True}
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.w_aaco >= 0, "w_aaco", "0 or more")
-        self.require(self.lambda_a >= 0, "lambda_a", "0 or more")
-        self.require(0 < self.tau_min <= self.tau_max, "tau_min", "above 0 and at most tau_max")
-        self.require(self.teacher_sharpness > 0, "teacher_sharpness", "above 0")
-        self.require(self.voxels >= 1, "voxels", "at least 1")
-        self.require(self.voxel_queue_size >= 1, "voxel_queue_size", "at least 1")
-        self.require(0 <= self.centroid_decay < 1, "centroid_decay", "in [0, 1)")
+        self.require(self.tau_min <= self.tau_max, "tau_min", "at most tau_max")
         for key in ("tau_s", "tau_t", "tau_anco"):
             default = type(self).__dataclass_fields__[key].default
             self.require(getattr(self, key) == default, key, "left alone: tau_min and tau_max replace it")

@@ -28,24 +28,28 @@ from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 class AgreeMixSettings(SemiSupSettings):
     """Nothing here has to be tuned for a data set."""
 
-    weight: float = setting(1.0, "ours: of the mixed patches; the supervised loss has 1")
-    max_teacher_decay: float = setting(0.999, "ours: of min(this, 1 - 10 / steps of the training)", "per step")
-    threshold: float = setting(0.7, "ours: confidence that a foreground voxel needs", "probability")
-    background_threshold: float = setting(0.95, "ours: confidence that a background voxel needs", "probability")
-    paste_probability: float = setting(0.5, "ours: of a patch to be mixed with a labelled one", "probability")
+    weight: float = setting(1.0, "ours: of the mixed patches; the supervised loss has 1", within="[0, inf)")
+    max_teacher_decay: float = setting(
+        0.999, "ours: of min(this, 1 - 10 / steps of the training)", "per step", within="[0, 1)"
+    )
+    threshold: float = setting(0.7, "ours: confidence a foreground voxel needs", "probability", within="[0, 1]")
+    background_threshold: float = setting(
+        0.95, "ours: confidence a background voxel needs", "probability", within="[0, 1]"
+    )
+    paste_probability: float = setting(
+        0.5, "ours: of a patch to be mixed with a labelled one", "probability", within="[0, 1]"
+    )
     flip: bool = setting(True, "study")
     agree: bool = setting(True, "study")
-    box_volume: tuple[float, ...] = setting((0.1, 0.5), "ours: smallest and largest box", "share of the patch")
+    box_volume: tuple[float, ...] = setting(
+        (0.1, 0.5), "ours: smallest and largest box", "share of the patch", within="(0, 1]"
+    )
     bias_field: bool = setting(True, "strong view; switch off for CT, which has none")
 
     def __post_init__(self):
         super().__post_init__()
-        self.require(self.weight >= 0, "weight", "0 or more")
-        for key in ("threshold", "background_threshold", "paste_probability"):
-            self.require(0 <= getattr(self, key) <= 1, key, "in [0, 1]")
-        self.require(0 <= self.max_teacher_decay < 1, "max_teacher_decay", "in [0, 1)")
-        in_order = len(self.box_volume) == 2 and 0 < self.box_volume[0] <= self.box_volume[1] <= 1
-        self.require(in_order, "box_volume", "smallest and largest share, in (0, 1]")
+        in_order = len(self.box_volume) == 2 and self.box_volume[0] <= self.box_volume[1]
+        self.require(in_order, "box_volume", "smallest and largest share")
 
 
 class Patches(NamedTuple):

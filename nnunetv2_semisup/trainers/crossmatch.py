@@ -36,35 +36,34 @@ class CrossMatchSettings(SemiSupSettings):
     conf_tau 0.75, dice_include_background false. First release (2024) and paper: 1, 1, 2.
     """
 
-    w_s1: float = setting(0.5, "released ACDC code: 0.25, doubled")
-    w_s2: float = setting(0.5, "released ACDC code: 0.25, doubled")
-    w_kd: float = setting(1.0, "released ACDC code: 0.5, doubled")
-    eta: float = setting(0.3, "paper and code: share of the decoder distillation in w_kd", "share")
+    w_s1: float = setting(0.5, "released ACDC code: 0.25, doubled", within="[0, inf)")
+    w_s2: float = setting(0.5, "released ACDC code: 0.25, doubled", within="[0, inf)")
+    w_kd: float = setting(1.0, "released ACDC code: 0.5, doubled", within="[0, inf)")
+    eta: float = setting(0.3, "paper and code: share of the decoder distillation in w_kd", "share", within="[0, 1]")
     conf_mode: Literal["fixed", "ramp_ln2"] = setting("fixed", "ACDC code; ramp_ln2: LA code, an entropy's threshold")
-    conf_tau: float = setting(0.85, "paper's ablation; meaningful for any number of classes", "probability")
-    conf_ramp_fraction: float = setting(17 / 14, "LA code: 17,000 of 14,000 iterations; ramp_ln2", "share of training")
-    p_weak: float = setting(0.25, "code: channel dropout of the weak feature view", "probability")
-    p_strong: float = setting(0.75, "code: channel dropout of the strong feature view", "probability")
-    strong_intensity_probability: float = setting(0.8, "LA code: bias field and gamma", "probability")
-    strong_blur_probability: float = setting(0.5, "code", "probability")
+    conf_tau: float = setting(
+        0.85, "paper's ablation; meaningful for any number of classes", "probability", within="[0, 1]"
+    )
+    conf_ramp_fraction: float = setting(
+        17 / 14, "LA code: 17,000 of 14,000 iterations; ramp_ln2", "share of training", within="[0, inf)"
+    )
+    p_weak: float = setting(0.25, "code: channel dropout of the weak feature view", "probability", within="[0, 1)")
+    p_strong: float = setting(0.75, "code: channel dropout of the strong feature view", "probability", within="[0, 1)")
+    strong_intensity_probability: float = setting(0.8, "LA code: bias field and gamma", "probability", within="[0, 1]")
+    strong_blur_probability: float = setting(0.5, "code", "probability", within="[0, 1]")
     strong_bias_field: bool = setting(True, "LA code; switch off for CT, which has none")
-    box_probability: float = setting(0.5, "code: CutMix", "probability")
-    box_volume: tuple[float, ...] = setting((0.02, 0.4), "code: smallest and largest box", "share of the patch")
+    box_probability: float = setting(0.5, "code: CutMix", "probability", within="[0, 1]")
+    box_volume: tuple[float, ...] = setting(
+        (0.02, 0.4), "code: smallest and largest box", "share of the patch", within="(0, 1]"
+    )
     mix_source: Literal["loader", "batch_roll"] = setting("loader", "code; batch_roll: the next patch, much cheaper")
     dice_include_background: bool = setting(True, "ACDC code; LA code: false")
-    dice_smooth: float = setting(1e-5, "LA code; ACDC code: 1e-4")
+    dice_smooth: float = setting(1e-5, "LA code; ACDC code: 1e-4", within="(0, inf)")
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("w_s1", "w_s2", "w_kd", "conf_ramp_fraction"):
-            self.require(getattr(self, key) >= 0, key, "0 or more")
-        for key in ("eta", "conf_tau", "strong_intensity_probability", "strong_blur_probability", "box_probability"):
-            self.require(0 <= getattr(self, key) <= 1, key, "in [0, 1]")
-        for key in ("p_weak", "p_strong"):
-            self.require(0 <= getattr(self, key) < 1, key, "in [0, 1)")
-        in_order = len(self.box_volume) == 2 and 0 < self.box_volume[0] <= self.box_volume[1] <= 1
-        self.require(in_order, "box_volume", "smallest and largest share, in (0, 1]")
-        self.require(self.dice_smooth > 0, "dice_smooth", "above 0")
+        in_order = len(self.box_volume) == 2 and self.box_volume[0] <= self.box_volume[1]
+        self.require(in_order, "box_volume", "smallest and largest share")
 
 
 class CrossMatch(SemiSupMethod[CrossMatchSettings]):

@@ -27,22 +27,20 @@ from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 class MeanTeacherSettings(SemiSupSettings):
     """Defaults are the literature's, converted to nnU-Net's supervised loss."""
 
-    consistency_weight: float = setting(0.2, "0.1 beside (CE + Dice) / 2; doubled: nnU-Net's CE + Dice is not halved")
-    ramp_fraction: float = setting(0.0, "a ramp of its own; published: 0.4, 6,000 of 15,000 iterations on LA", "share")
-    teacher_decay: float = setting(0.99, "UA-MT and SSL4MIS; 0.999 averages over a longer time", "per step")
-    noise_std: float = setting(0.1, "UA-MT", "normalised intensity")
-    noise_limit: float = setting(0.2, "UA-MT", "normalised intensity")
+    consistency_weight: float = setting(
+        0.2, "0.1 beside (CE + Dice) / 2; doubled: nnU-Net's CE + Dice is not halved", within="[0, inf)"
+    )
+    ramp_fraction: float = setting(
+        0.0, "a ramp of its own; published: 0.4, 6,000 of 15,000 iterations on LA", "share", within="[0, 1]"
+    )
+    teacher_decay: float = setting(
+        0.99, "UA-MT and SSL4MIS; 0.999 averages over a longer time", "per step", within="[0, 1)"
+    )
+    noise_std: float = setting(0.1, "UA-MT", "normalised intensity", within="[0, inf)")
+    noise_limit: float = setting(0.2, "UA-MT", "normalised intensity", within="[0, inf)")
     inference_weights: Literal["student", "teacher"] = setting("student", "the released scripts test the student")
 
     published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "ramp_fraction": 0.4}
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require(self.consistency_weight >= 0, "consistency_weight", "0 or more")
-        self.require(0 <= self.ramp_fraction <= 1, "ramp_fraction", "in [0, 1]")
-        self.require(0 <= self.teacher_decay < 1, "teacher_decay", "in [0, 1)")
-        self.require(self.noise_std >= 0, "noise_std", "0 or more")
-        self.require(self.noise_limit >= 0, "noise_limit", "0 or more")
 
 
 class MeanTeacher(SemiSupMethod[MeanTeacherSettings]):

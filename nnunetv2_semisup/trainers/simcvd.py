@@ -18,7 +18,7 @@ from nnunetv2_semisup.data.sdm import SignedDistanceMaps
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.consistency import agreement, decide, mean_squared_difference, probabilities
 from nnunetv2_semisup.losses.contrastive import share_matched, symmetric_info_nce
-from nnunetv2_semisup.losses.pair_distillation import pair_distillation, similarity_difference, voxel_vectors
+from nnunetv2_semisup.losses.pair_distillation import pair_distillation, voxel_vectors
 from nnunetv2_semisup.losses.signed_distance import mean_squared_error_where_known
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.heads import SignedDistanceHead, SliceProjection
@@ -30,62 +30,50 @@ from nnunetv2_semisup.settings import SemiSupSettings, setting
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 
-RAMPED = ("contrast", "pd", "con")
-
 
 @dataclass(frozen=True)
 class SimCVDSettings(SemiSupSettings):
     """Defaults are the paper's where it has one; the others with their reasons in docs/methods/simcvd.md."""
 
-    alpha: float = setting(0.1, "paper, eq. 1: weight of the SDM regression")
-    lam: float = setting(0.5, "paper, eq. 6: lambda, weight of the contrast")
-    beta: float = setting(0.1, "paper, eq. 6: weight of the pair distillation")
-    gamma: float = setting(0.1, "paper, eq. 6: weight of the consistency")
-    tau: float = setting(0.5, "paper: temperature of the contrast")
-    ramp_terms: tuple[str, ...] = setting(("con",), "open: the subscript says con; of contrast, pd, con")
-    ramp_length: float = setting(0.0, "a ramp of their own; published: 1, all of the training", "share")
-    teacher_decay: float = setting(0.999, "paper", "per step")
-    noise_std: float = setting(0.1, "not given; UA-MT", "normalised intensity")
-    noise_clip: float = setting(0.2, "not given; UA-MT", "normalised intensity")
+    alpha: float = setting(0.1, "paper, eq. 1: weight of the SDM regression", within="[0, inf)")
+    lam: float = setting(0.5, "paper, eq. 6: lambda, weight of the contrast", within="[0, inf)")
+    beta: float = setting(0.1, "paper, eq. 6: weight of the pair distillation", within="[0, inf)")
+    gamma: float = setting(0.1, "paper, eq. 6: weight of the consistency", within="[0, inf)")
+    tau: float = setting(0.5, "paper: temperature of the contrast", within="(0, inf)")
+    ramp_terms: tuple[Literal["contrast", "pd", "con"], ...] = setting(("con",), "open: the subscript says con")
+    ramp_length: float = setting(
+        0.0, "a ramp of their own; published: 1, all of the training", "share of training", within="[0, 1]"
+    )
+        0.0, "a ramp of their own; published: 1, all of the training", "share", within="[0, 1]"
+    )
+    teacher_decay: float = setting(0.999, "paper", "per step", within="[0, 1)")
+    noise_std: float = setting(0.1, "not given; UA-MT", "normalised intensity", within="[0, inf)")
+    noise_clip: float = setting(0.2, "not given; UA-MT", "normalised intensity", within="[0, inf)")
     sdm_norm: Literal["patch_max", "truncated_mm"] = setting("patch_max", "SASSNet and DTC code")
-    sdm_truncation_mm: float = setting(20.0, "ours: about half an atrium; truncated_mm alone", "mm")
+    sdm_truncation_mm: float = setting(20.0, "ours: about half an atrium; truncated_mm alone", "mm", within="(0, inf)")
     sdm_empty: Literal["one", "zero", "mask"] = setting("one", "ours; zero: SASSNet; mask: no target")
-    sdm_shared_conv: bool = setting(False, "DTC: own convolution; true: tanh of the negated logits, 'only tanh'")
     sdm_fusion: Literal["per_class", "union"] = setting(
         "per_class", "ours, paper is binary; union: minimum over classes"
     )
-    max_classes: int = setting(4, "ours: contrasted in a step, drawn at random", "classes")
-    slice_axis: int = setting(0, "nnU-Net's axis of the largest spacing; 2d: the images are the slices", "axis")
-    num_slices: int | None = setting(None, "not given; null: all of the step", "slices")
-    proj_dropout: float = setting(0.1, "paper", "probability")
-    proj_pool: int = setting(128, "paper", "voxels per axis")
-    proj_hidden: tuple[int, ...] = setting((256, 256), "not given; the paper has three layers", "features")
-    proj_dim: int = setting(128, "not given", "features")
-    proj_norm: bool = setting(True, "ours: cosine; the paper prints a dot product")
-    teacher_head: Literal["ema", "shared"] = setting("ema", "not given; figure 1 has it in the teacher's colour")
-    pd_mode: Literal["pairs", "similarity_mse"] = setting("pairs", "paper, eq. 4; the other: Liu et al., CVPR 2019")
-    pd_reduction: Literal["mean", "sum"] = setting("mean", "ours: the printed sum would swamp the rest; pairs alone")
-    pd_max_tokens: int = setting(2048, "ours: bottleneck voxels, averaged down to at most this many", "voxels")
-    con_on_sdm: bool = setting(False, "open: figure 1 compares probabilities; true adds the SDMs")
-    backbone_dropout: float = setting(0.0, "not mentioned; UA-MT's V-Net has 0.5 at the bottleneck", "probability")
+    max_classes: int = setting(4, "ours: contrasted in a step, drawn at random", "classes", within="[1, inf)")
+    slice_axis: int = setting(
+        0, "nnU-Net's axis of the largest spacing; 2d: the images are the slices", "axis", within="[0, 2]"
+    )
+    num_slices: int | None = setting(None, "not given; null: all of the step", "slices", within="[2, inf)")
+    proj_dropout: float = setting(0.1, "paper", "probability", within="[0, 1)")
+    proj_pool: int = setting(128, "paper", "voxels per axis", within="[1, inf)")
+    proj_hidden: tuple[int, ...] = setting(
+        (256, 256), "not given; the paper has three layers", "features", within="[1, inf)"
+    )
+    proj_dim: int = setting(128, "not given", "features", within="[1, inf)")
+    pd_max_tokens: int = setting(
+        2048, "ours: bottleneck voxels, averaged down to at most this many", "voxels", within="[1, inf)"
+    )
+    backbone_dropout: float = setting(
+        0.0, "not mentioned; UA-MT's V-Net has 0.5 at the bottleneck", "probability", within="[0, 1)"
+    )
 
     published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "ramp_length": 1.0}
-
-    def __post_init__(self):
-        super().__post_init__()
-        for key in ("alpha", "lam", "beta", "gamma", "noise_std", "noise_clip"):
-            self.require(getattr(self, key) >= 0, key, "0 or more")
-        for key in ("tau", "sdm_truncation_mm"):
-            self.require(getattr(self, key) > 0, key, "above 0")
-        for key in ("teacher_decay", "proj_dropout", "backbone_dropout"):
-            self.require(0 <= getattr(self, key) < 1, key, "in [0, 1)")
-        for key in ("max_classes", "proj_pool", "proj_dim", "pd_max_tokens"):
-            self.require(getattr(self, key) >= 1, key, "at least 1")
-        self.require(set(self.ramp_terms) <= set(RAMPED), "ramp_terms", f"some of {', '.join(RAMPED)}")
-        self.require(0 <= self.ramp_length <= 1, "ramp_length", "in [0, 1]")
-        self.require(0 <= self.slice_axis <= 2, "slice_axis", "0, 1 or 2")
-        self.require(self.num_slices is None or self.num_slices >= 2, "num_slices", "at least 2 or null")
-        self.require(all(width >= 1 for width in self.proj_hidden), "proj_hidden", "at least 1 each")
 
 
 class Prediction(NamedTuple):
@@ -117,11 +105,11 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
         self.classes = task.num_heads if task.has_regions else task.num_heads - 1
         self.teacher = Teacher(network, s.teacher_decay)
         self.heads = nn.ModuleDict(
-            {"projection": SliceProjection(s.proj_dropout, s.proj_pool, s.proj_hidden, s.proj_dim)}
+            {
+                "projection": SliceProjection(s.proj_dropout, s.proj_pool, s.proj_hidden, s.proj_dim),
+                "sdm": SignedDistanceHead(taps.feature_channels(network), self.classes, len(task.patch_size)),
+            }
         )
-        if not s.sdm_shared_conv:
-            dimensions = len(task.patch_size)
-            self.heads["sdm"] = SignedDistanceHead(taps.feature_channels(network), self.classes, dimensions)
         self.teacher_heads = MovingAverage(self.heads, s.teacher_decay)
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
@@ -158,19 +146,19 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
         prediction = self._forward(network, labelled["data"])
         terms = {"supervised": (1.0, self.task.supervised_loss(prediction.output, labelled["target"]))}
         if self.settings.alpha > 0:
-            error = mean_squared_error_where_known(self._sdm(self.heads, prediction), labelled["sdm"])
+            error = mean_squared_error_where_known(self.heads["sdm"](prediction.features), labelled["sdm"])
             terms["sdm"] = (self.settings.alpha, error)
         return terms
 
     def _unlabelled_terms(self, network: nn.Module, images: Tensor, weights: dict[str, float]) -> Group:
         """Those of equations 3 to 5 that ``weights`` names."""
-        s, regions = self.settings, self.task.has_regions
+        regions = self.task.has_regions
         with torch.no_grad():
             teacher = self._forward(self.teacher.module, images + self._noise(images))
-            teacher_sdm = self._sdm(self.teacher_heads.module, teacher)
+            teacher_sdm = self.teacher_heads.module["sdm"](teacher.features)
             teacher_probabilities = probabilities(teacher.logits, regions)
         student = self._forward(network, images + self._noise(images))
-        student_sdm = self._sdm(self.heads, student)
+        student_sdm = self.heads["sdm"](student.features)
         student_probabilities = probabilities(student.logits, regions)
         self.note_pseudo_labels(decide(teacher_probabilities, regions))
         agreeing = agreement(student_probabilities, teacher_probabilities, regions)
@@ -182,9 +170,6 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
             terms["pd"] = self._pair_distillation(student.bottleneck, teacher.bottleneck)
         if "con" in weights:
             terms["con"] = mean_squared_difference(student_probabilities, teacher_probabilities, self.head_weights)
-            if s.con_on_sdm:
-                ones = torch.ones_like(student_sdm[0, :, :1].flatten()[: self.classes])
-                terms["con"] = terms["con"] + mean_squared_difference(student_sdm, teacher_sdm, ones)
         return {name: (weights[name], value) for name, value in terms.items()}
 
     def _forward(self, network: nn.Module, images: Tensor) -> Prediction:
@@ -193,12 +178,6 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
             last = skips[-1:]
             skips = [*skips[:-1], *drop_channels(last, draw_channel_masks(last, self.settings.backbone_dropout))]
         return Prediction(*taps.decode(network, skips), skips[-1])
-
-    def _sdm(self, heads: nn.ModuleDict, prediction: Prediction) -> Tensor:
-        """(B, classes, X, Y, Z) float32 in [-1, 1], negative inside."""
-        if self.settings.sdm_shared_conv:
-            return torch.tanh(-prediction.logits[:, -self.classes :].float())
-        return heads["sdm"](prediction.features)
 
     def _noise(self, images: Tensor) -> Tensor:
         return draw_clipped_noise(images, self.settings.noise_std, self.settings.noise_clip)
@@ -222,10 +201,9 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
             student, teacher = student[:, drawn], teacher[:, drawn]
         student = self.heads["projection"](student)
         with torch.no_grad():
-            heads = self.heads if s.teacher_head == "shared" else self.teacher_heads.module
-            teacher = heads["projection"](teacher)
+            teacher = self.teacher_heads.module["projection"](teacher)
         self.diagnostics["share_slices_matched"] = share_matched(student, teacher)
-        return symmetric_info_nce(student, teacher, s.tau, s.proj_norm)
+        return symmetric_info_nce(student, teacher, s.tau)
 
     def _slices(self, volumes: Tensor) -> Tensor:
         """(B, K, X, Y, Z) -> (K, B * X, Y, Z) for slice_axis 0; (B, K, X, Y) -> (K, B, X, Y)."""
@@ -234,11 +212,8 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
 
     def _pair_distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Equation 4."""
-        s = self.settings
-        student, teacher = (voxel_vectors(features, s.pd_max_tokens) for features in (student, teacher))
-        if s.pd_mode == "similarity_mse":
-            return similarity_difference(student, teacher)
-        return pair_distillation(student, teacher, s.pd_reduction)
+        limit = self.settings.pd_max_tokens
+        return pair_distillation(voxel_vectors(student, limit), voxel_vectors(teacher, limit))
 
 
 class nnUNetTrainerSimCVD(nnUNetTrainerSemiSup):

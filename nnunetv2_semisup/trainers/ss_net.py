@@ -49,37 +49,43 @@ class SSNetSettings(SemiSupSettings):
     z-scores), proto_select lowest, seg_ce_weight 0.
     """
 
-    lambda_max: float = setting(1.0, "LA code; ACDC code: 0.1. Weight of both terms after the ramp")
-    lds_ratio: float = setting(1.0, "paper, code: weight of the smoothness term as a share of lambda", "share")
-    cs_ratio: float = setting(0.1, "code: weight of the separation term as a share of lambda", "share")
-    ramp_fraction: float = setting(0.0, "a ramp of its own; published: 0.4, LA code, or 1, ACDC code", "share")
+    lambda_max: float = setting(1.0, "LA code; ACDC code: 0.1. Weight of both terms after the ramp", within="[0, inf)")
+    lds_ratio: float = setting(
+        1.0, "paper, code: weight of the smoothness term as a share of lambda", "share", within="[0, inf)"
+    )
+    cs_ratio: float = setting(
+        0.1, "code: weight of the separation term as a share of lambda", "share", within="[0, inf)"
+    )
+    ramp_fraction: float = setting(
+        0.0, "a ramp of its own; published: 0.4, LA code, or 1, ACDC code", "share", within="[0, 1]"
+    )
     lds_dice: Literal["per_class_squared", "joint_linear"] = setting("per_class_squared", "paper, ACDC code; LA code")
-    lds_smooth: float = setting(1e-5, "ours: 1e-10 (ACDC code) makes the Dice of an absent class pure noise")
-    vat_eps_rms: float = setting(0.01, "LA code: length 10 for 112 x 112 x 80 voxels", "normalised intensity")
-    vat_xi_rms: float = setting(0.01, "likewise, of the trial noise that the gradient is taken at")
-    vat_eps: float | None = setting(None, "code: 10 (LA), 6 (ACDC) whatever the patch; beats vat_eps_rms", "L2 norm")
-    vat_xi: float | None = setting(None, "code: 10; beats vat_xi_rms", "L2 norm")
+    lds_smooth: float = setting(
+        1e-5, "ours: 1e-10 (ACDC code) makes the Dice of an absent class pure noise", within="(0, inf)"
+    )
+    vat_eps_rms: float = setting(
+        0.01, "LA code: length 10 for 112 x 112 x 80 voxels", "normalised intensity", within="(0, inf)"
+    )
+    vat_xi_rms: float = setting(0.01, "likewise, of the trial noise that the gradient is taken at", within="(0, inf)")
+    vat_eps: float | None = setting(
+        None, "code: 10 (LA), 6 (ACDC) whatever the patch; beats vat_eps_rms", "L2 norm", within="(0, inf)"
+    )
+    vat_xi: float | None = setting(None, "code: 10; beats vat_xi_rms", "L2 norm", within="(0, inf)")
     proto_select: Literal["highest", "lowest"] = setting("highest", "paper; the code sorts the wrong way round")
     proto_attention: Literal["none", "normalised"] = setting("none", "code, by a wrong axis; normalised: the paper")
     proto_include_background: bool = setting(False, "code; the paper does not exclude it. No effect with regions")
-    cs_max_rows: int = setting(8192, "ours: features per class, stream and step; code: all", "voxels")
-    seg_ce_weight: float = setting(1.0, "nnU-Net; paper and code: 0, Dice alone")
+    cs_max_rows: int = setting(
+        8192, "ours: features per class, stream and step; code: all", "voxels", within="[2, inf)"
+    )
+    seg_ce_weight: float = setting(1.0, "nnU-Net; paper and code: 0, Dice alone", within="[0, inf)")
 
     published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "ramp_fraction": 0.4, "seg_ce_weight": 0.0}
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("lambda_max", "lds_ratio", "cs_ratio", "seg_ce_weight"):
-            self.require(getattr(self, key) >= 0, key, "0 or more")
         self.require(
             self.lds_ratio + self.cs_ratio > 0, "lds_ratio", "above 0 if cs_ratio is 0; or set lambda_max to 0"
         )
-        self.require(0 <= self.ramp_fraction <= 1, "ramp_fraction", "in [0, 1]")
-        for key in ("lds_smooth", "vat_eps_rms", "vat_xi_rms"):
-            self.require(getattr(self, key) > 0, key, "above 0")
-        for key in ("vat_eps", "vat_xi"):
-            self.require(getattr(self, key) is None or getattr(self, key) > 0, key, "above 0 or null")
-        self.require(self.cs_max_rows >= 2, "cs_max_rows", "at least 2")
 
 
 class SSNet(SemiSupMethod[SSNetSettings]):
