@@ -1,6 +1,6 @@
 """What is to be run, as data: a list of blocks, each a product of data sets, trainers, lengths and seeds.
 
-- datasets: [504, 508]      # one labelled budget = one data set
+- datasets: [704, 714]      # one labelled subset = one data set
   trainers: [nnUNetTrainer, nnUNetTrainerCrossMatch]
   epochs: 5
   seeds: [0, 1, 2]
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nnunetv2_semisup.errors import InputError
 
+BASELINE = "nnUNetTrainer"
 INFERENCES = ("nnunet", "literature")
 _REQUIRED = object()
 _AXES = {  # key -> (type, default); every key takes one value or a list
@@ -35,7 +36,7 @@ class Run:
     """One training and its predictions of the test images.
 
     Attributes:
-        dataset: full name, ``DatasetXXX_Name``; it stands for the labelled budget and the choice of labelled cases.
+        dataset: full name, ``DatasetXXX_Name``; it stands for the labelled budget and the labelled subset.
         trainer: without epoch suffix.
         seed: of the process, so of the initial weights; exact repetition needs ``nnUNet_n_proc_DA=0``.
         fold: ``all`` or a number.
@@ -54,7 +55,7 @@ class Run:
     @property
     def trainer_name(self) -> str:
         """The name nnU-Net knows, e.g. ``nnUNetTrainer_5epochs``."""
-        if self.trainer == "nnUNetTrainer" and self.epochs == 1000:
+        if self.trainer == BASELINE and self.epochs == 1000:
             return self.trainer  # nnU-Net's default length has no class of its own
         return f"{self.trainer}_1epoch" if self.epochs == 1 else f"{self.trainer}_{self.epochs}epochs"
 

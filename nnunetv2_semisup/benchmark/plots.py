@@ -1,4 +1,4 @@
-"""Pictures of a results folder: label efficiency, per-case comparison with stock, and overlays of single cases.
+"""Pictures of a results folder: label efficiency, differences to stock with intervals, every case, and overlays.
 
 Overlays show image data, whose terms may not allow passing it on: they go into the work folder, never into ``results``.
 """
@@ -9,24 +9,35 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from nnunetv2_semisup.benchmark import table
-from nnunetv2_semisup.benchmark.grid import family
+from nnunetv2_semisup.benchmark import statistics, table
+from nnunetv2_semisup.benchmark.grid import BASELINE, Run
 from nnunetv2_semisup.benchmark.records import WorkFolder
-from nnunetv2_semisup.benchmark.table import BASELINE, Comparison
-from nnunetv2_semisup.colours import COLOURS
+from nnunetv2_semisup.benchmark.table import Comparison
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json, whole_file
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# A trainer looks the same in every picture. Okabe & Ito's colours: distinguishable with the common colour blindnesses.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
+KNOWN = (
+    *("MeanTeacher", "CrossMatch", "SSNet", "SimCVD", "ACTION", "ACTIONPlusPlus", "AgreeMix", "UAMT", "CPS", "BCP"),
+    "UniMatch",
+)
+TRUTH, PREDICTION = "#E69F00", "#56B4E9"
 DIGEST = "Description"  # key of a PNG's text that holds the digest of the numbers in it
 
 
@@ -37,7 +48,7 @@ def plan(comparisons: list[Comparison]) -> dict[str, str]:
 
 def draw_all(results: Path) -> list[Path]:
     """Draw every picture into ``results/plots`` and remove those that nothing gives any more."""
-    pictures = _pictures(table.compare(*table.read(results)))
+    pictures = _pictures(table.load(results))
     folder = results / "plots"
     written = []
     with style.context("default"):  # nnU-Net's plot leaves seaborn's settings
@@ -56,7 +67,7 @@ def stale(results: Path) -> list[str]:
     from PIL import Image
 
     names = []
-    for name, (_, _, chosen) in _pictures(table.compare(*table.read(results))).items():
+    for name, (_, _, chosen) in _pictures(table.load(results)).items():
         file = results / "plots" / name
         if not file.is_file() or Image.open(file).text.get(DIGEST) != digest(chosen):
             names.append(name)
@@ -67,96 +78,147 @@ def digest(comparisons: list[Comparison]) -> str:
     """The same for the same numbers, to 4 decimals."""
     content = []
     for c in comparisons:
-        numbers = [c.mean["dice"], c.sd["dice"], c.difference, *c.cases.sort_index()]
-        content.append([*map(str, c.setting.values()), c.trainer, *c.seeds, *(f"{n:.4f}" for n in numbers)])
-    return hashlib.sha256(json.dumps(content, default=int).encode()).hexdigest()[:16]
+        numbers = [*c.dice, c.p, *c.cases.sort_index().to_numpy().ravel()]
+        numbers += [n for d in (c.difference, c.equal_compute) if d is not None for n in astuple(d)]
+        texts = [*map(str, c.setting.values()), c.trainer, *map(str, c.runs), c.verdict, str(c.equal_compute_steps)]
+        content.append([*texts, *(f"{n:.4f}" for n in numbers)])
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _pictures(
     comparisons: list[Comparison],
 ) -> dict[str, tuple[str, Callable[[list[Comparison]], Figure], list[Comparison]]]:
     """File name -> caption, drawing function, the comparisons it takes. nnU-Net's inference, no post-processing."""
-    chosen = [c for c in comparisons if (c.setting["inference"], c.setting["postprocessing"]) == ("nnunet", "none")]
+    chosen = [c for c in comparisons if c.is_plain]
     pictures = {}
     for key in dict.fromkeys(map(_curve, chosen)):
         of_curve = [c for c in chosen if _curve(c) == key]
-        if len(of_curve) < 2:
-            continue  # a single point, as of an ablation, is in the tables
+        if all(c.difference is None for c in of_curve):
+            continue  # an ablation, or stock alone: in the tables
         name, configuration, plans, epochs, steps, fold = key
         what = f"{name}, {configuration}, plans {plans}, {epochs} epochs ({steps:,} steps), fold {fold}"
-        caption = f"Test Dice against the number of labelled cases: {what}. Mean and sd over seeds."
-        file = f"labels__{name}__{configuration}__{plans}__{epochs}epochs__fold_{fold}.png"
-        pictures[file] = caption, draw_label_efficiency, of_curve
-        for dataset in dict.fromkeys(c.setting["dataset"] for c in of_curve):
-            of_dataset = [c for c in of_curve if c.setting["dataset"] == dataset]
-            trainers = {c.trainer for c in of_dataset}
-            if BASELINE not in trainers or len(trainers) < 2:
-                continue
-            labelled = of_dataset[0].setting["labeled"]
-            caption = f"Test Dice of every case, {labelled} labelled: {what} ({dataset}). Mean over seeds."
-            file = f"cases__{dataset}__{configuration}__{plans}__{epochs}epochs__fold_{fold}.png"
-            pictures[file] = caption, draw_cases, of_dataset
+        file = f"{name}__{configuration}__{plans}__{epochs}epochs__fold_{fold}.png"
+        caption = f"Dice against stock nnU-Net, mean over cases with its 95 % interval: {what}."
+        pictures[f"differences__{file}"] = caption, draw_differences, of_curve
+        budgets = dict.fromkeys(c.setting["labeled"] for c in of_curve)
+        if len(budgets) > 1:
+            caption = f"Test Dice against the number of labelled cases: {what}. Mean and sd over runs."
+            pictures[f"labels__{file}"] = caption, draw_label_efficiency, of_curve
+        for labelled in budgets:
+            of_budget = [c for c in of_curve if c.setting["labeled"] == labelled]
+            if any(c.difference for c in of_budget):
+                caption = f"Test Dice of every case, {labelled} labelled: {what}. Mean over runs."
+                pictures[f"cases__{labelled}_labelled__{file}"] = caption, draw_cases, of_budget
     return pictures
 
 
 def _curve(c: Comparison) -> tuple:
-    s = c.setting
-    return (family(s["dataset"]), s["configuration"], s["plans"], s["epochs"], s["steps"], s["fold"])
+    return tuple(c.setting[key] for key in ("family", "configuration", "plans", "epochs", "steps", "fold"))
 
 
 def draw_label_efficiency(comparisons: list[Comparison]) -> Figure:
-    """Dice over the number of labelled cases, a line per trainer; data sets of one budget are points beside another."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    """Dice over the number of labelled cases, a line per trainer; the ceiling is stock where it alone ran."""
+    figure = Figure(figsize=(7.8, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    trainers = _trainers(comparisons)
+    ceiling = _ceiling(comparisons)
+    points = [c for c in comparisons if c is not ceiling]
+    trainers = _trainers(points)
     for i, trainer in enumerate(trainers):
-        points = sorted((c for c in comparisons if c.trainer == trainer), key=lambda c: c.setting["labeled"])
+        of_trainer = sorted((c for c in points if c.trainer == trainer), key=lambda c: c.setting["labeled"])
         # a little apart, or the bars of one budget cover each other
-        x = [c.setting["labeled"] * 1.03 ** (i - (len(trainers) - 1) / 2) for c in points]
-        y = [100 * c.mean["dice"] for c in points]
-        sd = [100 * c.sd["dice"] for c in points]  # NaN, no bar, for one seed
-        axis.errorbar(
-            x, y, sd, marker=_marker(i), color=_colour(i), capsize=3, linewidth=1.3, label=_short(trainer), zorder=3
-        )
-    budgets = sorted({c.setting["labeled"] for c in comparisons})
+        x = [c.setting["labeled"] * 1.03 ** (i - (len(trainers) - 1) / 2) for c in of_trainer]
+        y = [100 * c.mean["dice"] for c in of_trainer]
+        sd = [100 * c.sd["dice"] for c in of_trainer]  # NaN, no bar, for one run
+        colour, marker = look(trainer)
+        axis.errorbar(x, y, sd, color=colour, marker=marker, capsize=3, linewidth=1.3, label=_short(trainer), zorder=3)
+        for left, c in zip(x, of_trainer, strict=True):
+            axis.scatter([left] * len(c.dice), 100 * np.array(c.dice), s=9, color=colour, alpha=0.5, zorder=4)
+    if ceiling:
+        label = f"stock nnU-Net, {ceiling.setting['labeled']} labelled"
+        axis.axhline(100 * ceiling.mean["dice"], color=look(BASELINE)[0], linestyle="--", linewidth=1.1, label=label)
+    budgets = sorted({c.setting["labeled"] for c in points})
     axis.set_xscale("log")
     axis.set_xticks(budgets, [str(n) for n in budgets])
     axis.minorticks_off()
-    axis.set_xlim(0.8 * min(budgets), 1.25 * max(budgets))
-    axis.set_xlabel("labelled cases (log scale)")
-    axis.set_ylabel("test Dice in % (mean, bar = sd over seeds)")
-    seeds = sorted({len(c.seeds) for c in comparisons})
-    one = "; no bar = one seed" if seeds[0] == 1 else ""
+    axis.set_xlim(0.75 * min(budgets), 1.33 * max(budgets))
+    axis.set_xlabel("labelled cases (log scale)" if len(budgets) > 1 else "labelled cases")
+    axis.set_ylabel("test Dice in %: mean, sd, and every run")
     s = comparisons[0].setting
-    axis.set_title(f"{table.place(s)}, {s['steps']:,} steps{one}", fontsize="medium")
+    axis.set_title(f"{table.place(s)}, {s['steps']:,} steps", fontsize="medium")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
+def _ceiling(comparisons: list[Comparison]) -> Comparison | None:
+    """Stock at the largest budget, where no method ran with as many labelled cases; None where one did."""
+    largest = max(c.setting["labeled"] for c in comparisons)
+    at_most = [c for c in comparisons if c.setting["labeled"] == largest]
+    return at_most[0] if [c.trainer for c in at_most] == [BASELINE] else None
+
+
+def draw_differences(comparisons: list[Comparison]) -> Figure:
+    """A line per method and budget: mean difference to stock with its interval, at equal steps and at equal compute."""
+    methods = [c for c in comparisons if c.difference]
+    methods.sort(key=lambda c: (c.setting["labeled"], -c.difference.mean))
+    figure = Figure(figsize=(7.6, 1.5 + 0.42 * len(methods)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.axvline(0, color="0.4", linewidth=1, zorder=2)
+    stock = {c.setting["labeled"]: c for c in comparisons if c.trainer == BASELINE}
+    for y, c in enumerate(methods):
+        baseline = stock[c.setting["labeled"]]
+        if len(baseline.dice) >= statistics.FEWEST_RUNS:
+            half = 200 * baseline.sd["dice"]
+            axis.fill_betweenx([y - 0.5, y + 0.5], -half, half, color="0.9", linewidth=0, zorder=1)
+        colour, marker = look(c.trainer)
+        lines = [(c.difference, -0.12 if c.equal_compute else 0, colour)]
+        lines += [(c.equal_compute, 0.16, "white")] if c.equal_compute else []
+        for d, shift, face in lines:
+            axis.plot([100 * d.low, 100 * d.high], [y + shift] * 2, color=colour, linewidth=1.6, zorder=3)
+            dot = {"color": colour, "markerfacecolor": face, "markersize": 7, "zorder": 4}
+            axis.plot(100 * d.mean, y + shift, marker, **dot)
+        text = f"{c.difference.better} of {c.difference.cases} better; {c.verdict}"
+        axis.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize="small")
+    names = [f"{_short(c.trainer)}, {c.setting['labeled']} labelled, {table.runs_text(c)}" for c in methods]
+    axis.set_yticks(range(len(methods)), names, fontsize="small")
+    axis.set_ylim(len(methods) - 0.5, -0.5)
+    axis.set_xlabel("test Dice minus stock nnU-Net's, points (mean and 95 % interval)")
+    axis.grid(axis="x", alpha=0.3)
+    handles = [Line2D([], [], color="0.3", marker="o", label="at equal steps")]
+    if any(c.equal_compute for c in methods):
+        handles.append(Line2D([], [], color="0.3", marker="o", markerfacecolor="white", label="at equal compute"))
+    if any(len(c.dice) >= statistics.FEWEST_RUNS for c in stock.values()):
+        handles.append(Patch(color="0.9", label="twice stock's sd over runs"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small")
+    s = comparisons[0].setting
+    axis.set_title(f"{table.place(s)}, {s['steps']:,} steps; subsets × seeds", fontsize="medium")
     return figure
 
 
 def draw_cases(comparisons: list[Comparison]) -> Figure:
     """A panel per method: Dice of every case, stock on x, the method on y; above the diagonal the method is better."""
     baseline = next(c for c in comparisons if c.trainer == BASELINE)
-    methods = [c for c in comparisons if c.trainer != BASELINE]
+    methods = [c for c in comparisons if c.difference]
     columns = min(3, len(methods))
     lines = math.ceil(len(methods) / columns)
     figure = Figure(figsize=(3.4 * columns + 0.4, 3.9 * lines + 0.4), layout="compressed")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    everything = np.concatenate([100 * c.cases.dropna().to_numpy() for c in comparisons])
+    pairs = [_common(baseline.cases, method.cases) for method in methods]
+    everything = 100 * np.concatenate([np.concatenate(pair) for pair in pairs])
     low, high = everything.min(), everything.max()
     margin = max(1.0, 0.06 * (high - low))
     limits = (low - margin, high + margin)
-    trainers = _trainers(comparisons)
-    for axis, method in zip(axes, methods, strict=False):
-        x, y = baseline.cases.align(method.cases, join="inner")
-        i = trainers.index(method.trainer)
+    for axis, method, (x, y) in zip(axes, methods, pairs, strict=False):
+        colour, marker = look(method.trainer)
+        size = 26 if len(x) < 60 else 12
         axis.plot(limits, limits, color="0.5", linewidth=1, zorder=1)
-        axis.scatter(100 * x, 100 * y, s=26, color=_colour(i), marker=_marker(i), alpha=0.85, zorder=2)
-        better = int((y > x).sum())
+        axis.scatter(100 * x, 100 * y, s=size, color=colour, marker=marker, alpha=0.75, linewidth=0, zorder=2)
+        d = method.difference
         axis.set_title(
-            f"{_short(method.trainer)}\nbetter in {better} of {len(x)}, mean {100 * method.difference:+.1f} points",
+            f"{_short(method.trainer)}\nbetter in {d.better} of {d.cases}, mean {100 * d.mean:+.1f} points",
             fontsize="medium",
         )
         axis.set_aspect("equal")
@@ -173,24 +235,32 @@ def draw_cases(comparisons: list[Comparison]) -> Figure:
     return figure
 
 
+def _common(baseline: pd.DataFrame, method: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Dice of the cases that both have, each the mean over their common subsets."""
+    known = (baseline + method).dropna(axis="columns", how="all")
+    x, y = (d.reindex_like(known).where(known.notna()).mean(axis="columns").dropna() for d in (baseline, method))
+    return x.to_numpy(), y.to_numpy()
+
+
 def draw_overlays(results: Path, work: WorkFolder) -> list[Path]:
     """Worst, median and best case of every trainer, with contours of truth, stock and trainer, into ``work/overlays``.
 
-    Cases are ranked by the trainer's Dice (mean over seeds); the predictions are those of its first seed. A trainer
-    whose predictions are not in ``work`` is left out.
+    Of the first labelled subset: cases are ranked by the trainer's Dice there (mean over seeds), the predictions are
+    those of the first seed. A trainer whose predictions are not in ``work`` is left out.
     """
-    comparisons = table.compare(*table.read(results))
+    comparisons = table.load(results)
     written = []
     for c in comparisons:
-        if (c.setting["inference"], c.setting["postprocessing"]) != ("nnunet", "none"):
+        if not c.is_plain:
             continue
+        dataset = c.subsets[0]
         predictions = {t: _predictions(work, c, t) for t in dict.fromkeys((BASELINE, c.trainer))}
         if not predictions[c.trainer].is_dir():
             continue
-        raw = Path(os.environ.get("nnUNet_raw", ""), c.setting["dataset"])
+        raw = Path(os.environ.get("nnUNet_raw", ""), dataset)
         if not (raw / "labelsTs").is_dir():
             raise InputError(f"{raw} is not there: export nnUNet_raw=FOLDER, the overlays need the test images")
-        ranked = c.cases.dropna().sort_values()
+        ranked = c.cases[dataset].dropna().sort_values()
         chosen = {"worst": ranked.index[0], "median": ranked.index[len(ranked) // 2], "best": ranked.index[-1]}
         with style.context("default"):
             figure = _overlay(raw, chosen, ranked, {t: f for t, f in predictions.items() if f.is_dir()}, c)
@@ -212,21 +282,21 @@ def _overlay(raw: Path, chosen: dict, ranked, predictions: dict[str, Path], c: C
         truth, _ = _volume(raw / "labelsTs" / f"{case}{ending}", dataset_json)
         z = int((truth > 0).sum((1, 2)).argmax())
         low, high = np.percentile(image[z], (1, 99))
-        titles = [f"{rank}: {case[:12]}, slice {z}", *(f"{_short(t)}" for t in predictions)]
-        titles[-1] += f", Dice {100 * ranked[case]:.1f} %" + (" (mean)" if len(c.seeds) > 1 else "")
+        titles = [f"{rank}: {case[-16:]}, slice {z}", *(f"{_short(t)}" for t in predictions)]
+        titles[-1] += f", Dice {100 * ranked[case]:.1f} %"
         for axis, title, folder in zip(row, titles, (None, *predictions.values()), strict=True):
             axis.imshow(image[z], cmap="gray", vmin=low, vmax=high, aspect=spacing[1] / spacing[2])
             axis.set_title(title, fontsize="small")
             axis.set_axis_off()
-            axis.contour(truth[z] > 0, [0.5], colors=COLOURS[4], linewidths=1.4)
+            axis.contour(truth[z] > 0, [0.5], colors=TRUTH, linewidths=1.4)
             if folder is not None:
                 mask, _ = _volume(folder / f"{case}{ending}", dataset_json)
                 if (mask[z] > 0).any():
-                    axis.contour(mask[z] > 0, [0.5], colors=COLOURS[5], linewidths=1.4, linestyles="dashed")
+                    axis.contour(mask[z] > 0, [0.5], colors=PREDICTION, linewidths=1.4, linestyles="dashed")
     s = c.setting
     figure.suptitle(
-        f"{s['dataset']}, {s['labeled']} labelled, {s['steps']:,} steps: truth (orange), prediction (blue, dashed) of "
-        f"seed {c.seeds[0]}, any label",
+        f"{c.subsets[0]}, {s['labeled']} labelled, {s['steps']:,} steps: truth (orange),\nprediction (blue, dashed) of "
+        f"seed {c.runs[0][1]}, any label; Dice: mean over seeds",
         fontsize="small",
     )
     return figure
@@ -246,14 +316,13 @@ def _predictions(work: WorkFolder, c: Comparison, trainer: str) -> Path:
 
 
 def _run_name(c: Comparison, trainer: str) -> str:
-    from nnunetv2_semisup.benchmark.grid import Run
-
-    names = ("dataset", "epochs", "configuration", "plans", "fold")
-    return Run(**{n: c.setting[n] for n in names}, trainer=trainer, seed=c.seeds[0], inference=()).id
+    dataset, seed = c.runs[0]
+    names = ("epochs", "configuration", "plans", "fold")
+    return Run(**{n: c.setting[n] for n in names}, dataset=dataset, trainer=trainer, seed=seed, inference=()).id
 
 
 def _trainers(comparisons: list[Comparison]) -> list[str]:
-    """Baseline first, so that it has the same colour in every picture."""
+    """Their names, the baseline first."""
     return sorted({c.trainer for c in comparisons}, key=lambda name: (name != BASELINE, name))
 
 
@@ -261,12 +330,13 @@ def _short(trainer: str) -> str:
     return "stock nnU-Net" if trainer == BASELINE else trainer.removeprefix(BASELINE)
 
 
-def _colour(i: int) -> str:
-    return ("#000000", *COLOURS[:-1])[i % len(COLOURS)]
-
-
-def _marker(i: int) -> str:
-    return MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]  # another one when the colours begin again
+def look(trainer: str) -> tuple[str, str]:
+    """Colour and marker of a trainer, the same in every picture; one that we do not know has its own by its name."""
+    if trainer == BASELINE:
+        return "#000000", "o"
+    name = _short(trainer)
+    i = KNOWN.index(name) if name in KNOWN else len(KNOWN) + zlib.crc32(name.encode())
+    return COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
 
 
 def _save(figure: Figure, file: Path, numbers: str) -> None:

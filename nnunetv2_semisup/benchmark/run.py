@@ -14,11 +14,13 @@ from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 
+from nnunetv2_semisup import discovery, settings
 from nnunetv2_semisup.benchmark import records, worker
-from nnunetv2_semisup.benchmark.grid import Run, family
+from nnunetv2_semisup.benchmark.grid import BASELINE, Run, family
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json
+from nnunetv2_semisup.settings import SemiSupSettings
 
 WORKER = (sys.executable, "-u", "-m", "nnunetv2_semisup.benchmark.worker")
 SECONDS_TO_END = 10  # between SIGTERM and SIGKILL
@@ -145,7 +147,7 @@ def run_one(run: Run, work: WorkFolder, options: Options) -> int:
 
 
 def check(runs: list[Run]) -> None:
-    """Everything that can be known to fail before hours have passed.
+    """Everything that can be known to fail before hours have passed; unequal numbers of steps are a printed warning.
 
     Raises:
         InputError: folders, plans, preprocessed data, test cases or a trainer are missing.
@@ -159,6 +161,35 @@ def check(runs: list[Run]) -> None:
         raise InputError(f"{flat[0]}: the literature has no sliding window in 2D: leave out inference literature")
     for name in dict.fromkeys(run.trainer_name for run in runs):
         _check_trainer(name)
+    for warning in unequal_steps(runs):
+        print(f"WARNING: {warning}", flush=True)
+
+
+def unequal_steps(runs: list[Run]) -> list[str]:
+    """What to say of trainers of ours that take other steps than the stock baseline of their setting.
+
+    Stock nnU-Net's number of steps per epoch is fixed; only ours is a setting, ``num_iterations_per_epoch``.
+    """
+    trainers, stock = discovery.trainers(), SemiSupSettings().num_iterations_per_epoch
+
+    def setting(run: Run) -> tuple:
+        return (run.dataset, run.plans, run.configuration, run.epochs, run.fold)
+
+    with_baseline = {setting(run) for run in runs if run.trainer == BASELINE}
+    warnings = []
+    for run in runs:
+        if run.trainer not in trainers or setting(run) not in with_baseline:
+            continue
+        file = Path(os.environ["nnUNet_preprocessed"], run.dataset, f"{run.plans}.json")
+        plans = read_json(file, "make the plans, see nnUNetv2_semisup_plans -h")
+        ours = settings.of_trainer(plans, run.trainer, discovery.settings_class(run.trainer)).num_iterations_per_epoch
+        if ours != stock:
+            warnings.append(
+                f"{run.trainer} takes {run.epochs} x {ours} steps on {run.dataset}, {run.configuration}, plans "
+                f"{run.plans}, stock {BASELINE} {run.epochs} x {stock}: they will not be compared. Remove "
+                f"{run.trainer}.num_iterations_per_epoch from {file} and set the length by epochs"
+            )
+    return list(dict.fromkeys(warnings))
 
 
 def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
@@ -207,8 +238,8 @@ def _check_trainer(name: str) -> None:
             recursive_find_trainer_class_by_name(name)
     except RuntimeError:
         raise InputError(
-            f"nnU-Net finds no trainer {name}: stock nnU-Net has some lengths only (1, 5, 10, 20, 50, 100, 250 epochs "
-            f"and more); our trainers, at any length, are listed by nnUNetv2_semisup_trainers --check"
+            f"nnU-Net finds no trainer {name}: ours, at any length, are listed by nnUNetv2_semisup_trainers --check; "
+            "where they are found, stock nnUNetTrainer exists at any length too"
         ) from None
 
 

@@ -28,9 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from nnunetv2_semisup import discovery
 from nnunetv2_semisup.benchmark import records
+from nnunetv2_semisup.benchmark.grid import BASELINE
 from nnunetv2_semisup.files import environment
 
-BASELINE = "nnUNetTrainer"
 POINTS = (0.125, 0.375, 0.625, 0.875)  # of training
 WARM_UP = 2  # steps per trainer: memory pools, algorithms, compilation
 COLUMNS = (

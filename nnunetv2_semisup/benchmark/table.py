@@ -1,28 +1,51 @@
 """From ``runs.csv`` and ``cases/*.csv`` to comparisons with the stock baseline, and to Markdown.
 
-One comparison per trainer, data set (labelled budget), plans, length, fold, inference and post-processing. Its baseline
-is stock ``nnUNetTrainer`` where all of these are equal.
+Data sets of one name (after ``DatasetXXX_``) with as many labelled cases are labelled subsets of one task: their runs
+are one comparison per trainer, plans, length, fold, inference and post-processing. Its baseline is stock
+``nnUNetTrainer`` where all of these are equal, and a second one is a stock run long enough for equal compute.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
-from nnunetv2_semisup.benchmark.grid import family
+from nnunetv2_semisup.benchmark import records, statistics
+from nnunetv2_semisup.benchmark.grid import BASELINE, family
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation.metrics import METRICS
 
-BASELINE = "nnUNetTrainer"
-#: What must be equal for two trainers to be compared.
-SETTING = ("dataset", "labeled", "configuration", "plans", "epochs", "steps", "fold", "inference", "postprocessing")
+#: What must be equal for two trainers to be compared, but for the length.
+PLACE = ("family", "labeled", "configuration", "plans", "fold", "inference", "postprocessing")
+SETTING = (*PLACE, "epochs", "steps")
 EMPTY = "No results yet.\n"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A trainer's Dice minus a baseline's, on the labelled subsets that both ran; each case's mean over seeds first.
+
+    Attributes:
+        mean: over cases and subsets.
+        low, high: 95 % interval of that mean, see :func:`statistics.bootstrap_interval`.
+        p: Wilcoxon's signed-rank test over cases (each the mean over subsets), two-sided; NaN where all are equal.
+        better, cases: number of cases in which the trainer is better, and of all; each the mean over subsets.
+        subsets: number of labelled subsets.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    better: int
+    cases: int
+    subsets: int
 
 
 @dataclass(frozen=True)
@@ -32,33 +55,57 @@ class Comparison:
     Attributes:
         setting: values of :data:`SETTING`.
         trainer: without epoch suffix.
-        seeds: of its runs.
-        mean, sd: metric -> mean and sd (n - 1) over seeds of the runs' means over cases; sd is NaN for one seed.
-        failures, masks: over all seeds: masks of which exactly one of prediction and reference is empty, and all.
-        cases: case -> Dice, mean over labels and seeds.
-        difference: mean over cases of Dice minus the baseline's, each case's mean over seeds taken first; NaN without
-            baseline, as is what follows.
-        p: Wilcoxon's signed-rank test of these differences, two-sided.
-        verdict: see :func:`verdict`.
-        cost: a step's time over the stock step's; NaN where no row of ``speed.csv`` is of the runs' machine.
+        runs: (data set, seed) of each; data sets are labelled subsets.
+        mean, sd: metric -> mean and sd (n - 1) over runs of their means over cases; sd is NaN for one run.
+        dice: of each of ``runs``, mean over cases.
+        failures, masks: over all runs: masks of which exactly one of prediction and reference is empty, and all.
+        cases: Dice of each case (rows) and data set (columns), mean over labels and seeds.
+        cost: a step's time over the stock step's; NaN where no row of ``speed.csv`` is of a machine of the runs.
+        difference: to the baseline; None without one.
+        p: of the difference, corrected for the number of methods in the setting (Holm).
+        verdict: see :func:`statistics.verdict`.
+        equal_compute: difference to the shortest stock run that took at least ``steps * cost`` steps, in the same place
+            at another length; None without one.
+        equal_compute_steps: of that stock run, 0 without one.
     """
 
     setting: dict
     trainer: str
-    seeds: tuple[int, ...]
+    runs: tuple[tuple[str, int], ...]
     mean: dict[str, float]
     sd: dict[str, float]
+    dice: tuple[float, ...]
     failures: int
     masks: int
-    cases: pd.Series = field(repr=False)
-    difference: float
-    p: float
-    verdict: str
+    cases: pd.DataFrame = field(repr=False)
     cost: float
+    difference: Difference | None = None
+    p: float = math.nan
+    verdict: str = ""
+    equal_compute: Difference | None = None
+    equal_compute_steps: int = 0
+
+    @property
+    def subsets(self) -> tuple[str, ...]:
+        """The data sets of its runs, each once."""
+        return tuple(dict.fromkeys(dataset for dataset, _ in self.runs))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is of nnU-Net's own inference without post-processing, as the front page and pictures show."""
+        return (self.setting["inference"], self.setting["postprocessing"]) == ("nnunet", "none")
+
+
+def load(results: Path) -> list[Comparison]:
+    """All comparisons of a results folder, from ``runs.csv``, ``cases`` and ``speed.csv``."""
+    return compare(*read(results), records.read_csv(results / "speed.csv"))
 
 
 def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """``runs.csv``, and all rows of its runs' files in ``cases`` with a column ``run``; both empty without results."""
+    """``runs.csv`` with a column ``family``, and all rows of its runs' files in ``cases`` with a column ``run``.
+
+    Both are empty without results.
+    """
     if not (results / "runs.csv").is_file():
         return pd.DataFrame(), pd.DataFrame()
     texts = ["fold", "commit", "versions", "hardware", "device"]
@@ -66,10 +113,11 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         runs = pd.read_csv(results / "runs.csv", dtype=dict.fromkeys(texts, str))
     except ValueError as error:  # pandas' own and UnicodeDecodeError
         raise InputError(f"{results / 'runs.csv'} is damaged ({error}): bring it back from git") from None
-    needed = {"run", "trainer", "seed", "failures", "threads", *texts, *SETTING, *METRICS}
+    needed = {"run", "dataset", "trainer", "seed", "failures", "threads", *texts, *SETTING, *METRICS} - {"family"}
     if missing := sorted(needed - set(runs.columns)):
         raise InputError(f"{results / 'runs.csv'} is damaged, it has no column {missing[0]}: bring it back from git")
     runs[texts] = runs[texts].fillna("")
+    runs["family"] = runs["dataset"].map(family)
     cases = []
     for run in runs["run"].unique():
         file = results / "cases" / f"{run}.csv"
@@ -90,36 +138,62 @@ def compare(runs: pd.DataFrame, cases: pd.DataFrame, speeds: Sequence[dict] = ()
     """
     if runs.empty:
         return []
-    cases = cases.merge(runs[["run", "trainer", "seed", *SETTING]], on=["run", "inference", "postprocessing"])
-    rows_by_setting = cases.groupby(list(SETTING))
+    keys = ["run", "inference", "postprocessing"]
+    cases = cases.merge(runs[[*keys, "dataset", "trainer", "seed", *(s for s in SETTING if s not in keys)]], on=keys)
+    rows_by_place = cases.groupby(list(PLACE))
     comparisons = []
-    for values, of_setting in runs.groupby(list(SETTING), sort=False):
-        setting = dict(zip(SETTING, values, strict=True))
-        rows_of_setting = _comparable(rows_by_setting.get_group(values))
-        baseline = of_setting[of_setting["trainer"] == BASELINE]
-        dice = {t: _dice_per_case(rows) for t, rows in rows_of_setting.groupby("trainer", sort=False)}
-        for trainer, of_trainer in of_setting.groupby("trainer", sort=False):
-            masks = (rows_of_setting["trainer"] == trainer).sum()
-            difference, p = math.nan, math.nan
-            if trainer != BASELINE and not baseline.empty:
-                difference, p = paired_difference(dice[trainer], dice[BASELINE])
-            comparisons.append(
-                Comparison(
-                    setting=setting,
-                    trainer=trainer,
-                    seeds=tuple(sorted(of_trainer["seed"])),
-                    mean={m: of_trainer[m].mean() for m in METRICS},
-                    sd={m: of_trainer[m].std(ddof=1) for m in METRICS},
-                    failures=int(of_trainer["failures"].sum()),
-                    masks=int(masks),
-                    cases=dice[trainer],
-                    difference=difference,
-                    p=p,
-                    verdict=verdict(difference, _spread(baseline["dice"])),
-                    cost=math.nan if trainer == BASELINE else _cost(of_trainer, setting, speeds),
-                )
-            )
+    for place, of_place in runs.groupby(list(PLACE), sort=False):
+        rows = dict(list(_comparable(rows_by_place.get_group(place)).groupby(["trainer", "epochs", "steps"])))
+        alone = []
+        for (trainer, epochs, steps), made in of_place.groupby(["trainer", "epochs", "steps"], sort=False):
+            setting = {**dict(zip(PLACE, place, strict=True)), "epochs": epochs, "steps": steps}
+            alone.append(_alone(setting, trainer, made, rows[trainer, epochs, steps], speeds))
+        comparisons += _against_stock(alone)
     return sorted(comparisons, key=_order)
+
+
+def _alone(setting: dict, trainer: str, runs: pd.DataFrame, rows: pd.DataFrame, speeds: Sequence[dict]) -> Comparison:
+    """What is known of a trainer without a baseline: rows of ``runs.csv``, and of its cases."""
+    runs = runs.sort_values(["dataset", "seed"])
+    dice = rows.groupby(["case", "dataset", "seed"])["dice"].mean()  # over labels
+    return Comparison(
+        setting=setting,
+        trainer=trainer,
+        runs=tuple(zip(runs["dataset"], runs["seed"], strict=True)),
+        mean={m: runs[m].mean() for m in METRICS},
+        sd={m: runs[m].std(ddof=1) for m in METRICS},
+        dice=tuple(runs["dice"]),
+        failures=int(runs["failures"].sum()),
+        masks=len(rows),
+        cases=dice.groupby(["case", "dataset"]).mean().unstack("dataset"),
+        cost=math.nan if trainer == BASELINE else _cost(runs, setting, speeds),
+    )
+
+
+def _against_stock(alone: list[Comparison]) -> list[Comparison]:
+    """The comparisons of one place, each with its differences to the stock ones among them."""
+    stock = sorted((c for c in alone if c.trainer == BASELINE), key=lambda c: c.setting["steps"])
+    compared = []
+    for length in dict.fromkeys((c.setting["epochs"], c.setting["steps"]) for c in alone):
+        here = [c for c in alone if (c.setting["epochs"], c.setting["steps"]) == length]
+        baseline = next((c for c in here if c.trainer == BASELINE), None)
+        methods = [c for c in here if c is not baseline]
+        differences = [paired_difference(c.cases, baseline.cases) if baseline else None for c in methods]
+        corrected = statistics.holm([math.nan if d is None else d.p for d in differences])
+        compared += [baseline] if baseline else []
+        for method, difference, p in zip(methods, differences, corrected, strict=True):
+            changes = {"difference": difference, "p": p}
+            if difference is not None:
+                interval = difference.low, difference.high
+                changes["verdict"] = statistics.verdict(difference.mean, interval, baseline.dice)
+            for longer in stock:
+                if longer.setting["steps"] >= method.setting["steps"] * method.cost:  # never for NaN
+                    equal = paired_difference(method.cases, longer.cases)
+                    if equal is not None:
+                        changes |= {"equal_compute": equal, "equal_compute_steps": int(longer.setting["steps"])}
+                        break
+            compared.append(replace(method, **changes))
+    return compared
 
 
 def _comparable(rows: pd.DataFrame) -> pd.DataFrame:
@@ -135,60 +209,47 @@ def _comparable(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(dice=rows["dice"].mask(rows["dice"].isna() & someone, 1.0))
 
 
-def paired_difference(method: pd.Series, baseline: pd.Series) -> tuple[float, float]:
-    """Mean over common cases of the difference, and Wilcoxon's p (NaN where every difference is 0).
+def paired_difference(method: pd.DataFrame, baseline: pd.DataFrame) -> Difference | None:
+    """The method's Dice minus the baseline's, case by case and subset by subset; None where no subset is common.
 
     Args:
-        method, baseline: case -> Dice.
+        method, baseline: Dice of each case (rows) and data set (columns).
     """
-    differences = (method - baseline).dropna()
-    if differences.empty or not differences.any():
-        return (0.0 if len(differences) else math.nan), math.nan
-    return float(differences.mean()), float(wilcoxon(differences).pvalue)
-
-
-def verdict(difference: float, baseline_sd: float) -> str:
-    """``beats``: mean difference above twice the baseline's sd over seeds. ``worse``: below minus that.
-
-    Without a baseline nothing is said, and with fewer than three seeds of it there is no measure of chance.
-    """
-    if math.isnan(difference):
-        return ""
-    if math.isnan(baseline_sd):
-        return "too few seeds"
-    if abs(difference) <= 2 * baseline_sd:
-        return "no difference"
-    return "beats" if difference > 0 else "worse"
-
-
-def _spread(dice: pd.Series) -> float:
-    """Sd over the seeds; NaN for fewer than three, whose sd may be small by chance."""
-    return dice.std(ddof=1) if len(dice) >= 3 else math.nan
-
-
-def _dice_per_case(rows: pd.DataFrame) -> pd.Series:
-    by_run = rows.groupby(["case", "seed"])["dice"].mean()  # over labels
-    return by_run.groupby("case").mean()  # over seeds
+    differences = (method - baseline).dropna(axis="columns", how="all")
+    groups = [column.dropna().to_numpy() for _, column in differences.items()]
+    if not groups:
+        return None
+    low, high = statistics.bootstrap_interval(groups)
+    cases = differences.mean(axis="columns").dropna()
+    return Difference(
+        mean=float(np.concatenate(groups).mean()),
+        low=low,
+        high=high,
+        p=float(wilcoxon(cases).pvalue) if cases.any() else math.nan,
+        better=int((cases > 0).sum()),
+        cases=len(cases),
+        subsets=len(groups),
+    )
 
 
 def _cost(runs: pd.DataFrame, setting: dict, speeds: Sequence[dict]) -> float:
     """Ratio measured in one process, steps taking turns: the runs' own seconds hold whatever else the machine did."""
-    run = runs.iloc[0]
-    here = {key: str(run[key]) for key in ("trainer", "configuration", "plans", "device", "hardware", "threads")}
-    here["compiled"] = str(run["device"] == "cuda")
+    keys = ["trainer", "configuration", "plans", "device", "hardware", "threads"]
+    machines = {(*map(str, row), str(row[3] == "cuda")) for row in runs[keys].itertuples(index=False)}
     ratios = [
         float(speed["step_ratio"])
         for speed in speeds
-        if family(speed["dataset"]) == family(setting["dataset"]) and all(str(speed[k]) == v for k, v in here.items())
+        if family(speed["dataset"]) == setting["family"]
+        and tuple(str(speed[key]) for key in (*keys, "compiled")) in machines
     ]
     return float(np.median(ratios)) if ratios else math.nan
 
 
 def _order(comparison: Comparison) -> tuple:
     setting = comparison.setting
-    where = (family(setting["dataset"]), setting["configuration"], setting["plans"], setting["steps"], setting["fold"])
-    how = (setting["inference"] != "nnunet", setting["postprocessing"] != "none")
-    return (*where, setting["labeled"], setting["dataset"], *how, comparison.trainer != BASELINE, comparison.trainer)
+    where = tuple(setting[key] for key in ("family", "configuration", "plans", "fold", "labeled"))
+    how = (setting["inference"] != "nnunet", setting["postprocessing"] != "none", setting["steps"], setting["epochs"])
+    return (*where, *how, comparison.trainer != BASELINE, comparison.trainer)
 
 
 # ------------------------------------------------------------------------------------------------------------- Markdown
@@ -197,26 +258,41 @@ def _order(comparison: Comparison) -> tuple:
 def place(setting: dict) -> str:
     """Data, configuration and plans, for people: "LA, 3d_fullres, plans cpu"; nnU-Net's default plans are not named."""
     plans = "" if setting["plans"] == "nnUNetPlans" else f", plans {setting['plans']}"
-    return f"{family(setting['dataset'])}, {setting['configuration']}{plans}"
+    return f"{setting['family']}, {setting['configuration']}{plans}"
+
+
+_COMPARED = ("difference [95 % interval]", "p", "better", "verdict", "at equal compute", "step cost")
+
+
+def _compared(c: Comparison) -> tuple[str, ...]:
+    """Cells under :data:`_COMPARED`."""
+    d = c.difference
+    return (
+        _difference(c, d),
+        "" if d is None else _p(c.p),
+        "" if d is None else f"{d.better} of {d.cases}",
+        c.verdict,
+        _difference(c, c.equal_compute, f"{c.equal_compute_steps:,} steps"),
+        "" if math.isnan(c.cost) else f"{c.cost:.1f}",
+    )
 
 
 def short_table(comparisons: list[Comparison]) -> str:
     """For the front page: nnU-Net's own inference, no post-processing, Dice alone."""
-    chosen = [c for c in comparisons if (c.setting["inference"], c.setting["postprocessing"]) == ("nnunet", "none")]
+    chosen = [c for c in comparisons if c.is_plain]
     if not chosen:
         return EMPTY
-    header = "data", "labelled", "trainer", "steps", "seeds", "Dice in %", "difference (p)", "verdict", "step cost"
+    header = "data", "labelled", "trainer", "steps", "subsets × seeds", "Dice in %", "sd over cases", *_COMPARED
     rows = [
         (
             place(c.setting),
             f"{c.setting['labeled']}",
             f"`{c.trainer}`",
             f"{c.setting['steps']:,}",
-            f"{len(c.seeds)}",
+            runs_text(c),
             _mean_sd(c, "dice"),
-            _difference(c),
-            c.verdict,
-            _ratio(c.cost),
+            _case_sd(c),
+            *_compared(c),
         )
         for c in chosen
     ]
@@ -224,28 +300,36 @@ def short_table(comparisons: list[Comparison]) -> str:
 
 
 def full_tables(comparisons: list[Comparison]) -> str:
-    """One table per data set, plans and length, with every metric, inference and post-processing."""
+    """One table per task, labelled budget and plans, with every length, metric, inference and post-processing."""
     if not comparisons:
         return EMPTY
     header = (
-        *("trainer", "inference", "component", "seeds", "Dice %", "Jaccard %", "95HD voxel", "ASD voxel"),
-        *("95HD mm", "ASSD mm", "failures", "difference (p)", "verdict", "step cost"),
+        *("trainer", "steps", "inference", "component", "subsets × seeds", "Dice %", "sd over cases", *_COMPARED),
+        *("Jaccard %", "95HD voxel", "ASD voxel", "95HD mm", "ASSD mm", "failures"),
     )
-    sections: dict[str, list[tuple[str, ...]]] = {}
+    sections: dict[str, list[Comparison]] = {}
     for c in comparisons:
         s = c.setting
         title = (
-            f"### {s['dataset']}: {s['labeled']} labelled, {s['configuration']}, plans `{s['plans']}`, "
-            f"{s['epochs']} epochs ({s['steps']:,} steps), fold {s['fold']}, {len(c.cases)} test cases"
+            f"### {s['family']}: {s['labeled']} labelled, {s['configuration']}, plans `{s['plans']}`, "
+            f"fold {s['fold']}, {len(c.cases)} test cases"
         )
-        row = (
-            *(f"`{c.trainer}`", s["inference"], "all" if s["postprocessing"] == "none" else "largest"),
-            " ".join(map(str, c.seeds)),
-            *(_mean_sd(c, metric) for metric in METRICS),
-            *(f"{c.failures} of {c.masks}", _difference(c), c.verdict, _ratio(c.cost)),
-        )
-        sections.setdefault(title, []).append(row)
-    return "\n".join(f"{title}\n\n{_markdown(header, rows)}" for title, rows in sections.items())
+        sections.setdefault(title, []).append(c)
+    texts = []
+    for title, of_section in sections.items():
+        rows = [
+            (
+                *(f"`{c.trainer}`", f"{c.setting['steps']:,}", c.setting["inference"]),
+                "all" if c.setting["postprocessing"] == "none" else "largest",
+                *(runs_text(c), _mean_sd(c, "dice"), _case_sd(c), *_compared(c)),
+                *(_mean_sd(c, metric) for metric in METRICS if metric != "dice"),
+                f"{c.failures} of {c.masks}",
+            )
+            for c in of_section
+        ]
+        subsets = ", ".join(sorted({dataset for c in of_section for dataset in c.subsets}))
+        texts.append(f"{title}\n\nLabelled subsets: {subsets}.\n\n{_markdown(header, rows)}")
+    return "\n".join(texts)
 
 
 def provenance(runs: pd.DataFrame) -> str:
@@ -268,17 +352,33 @@ def _mean_sd(c: Comparison, metric: str) -> str:
     return f"{factor * c.mean[metric]:.{digits}f} ± {sd}"
 
 
-def _difference(c: Comparison) -> str:
-    if math.isnan(c.difference):
+def _case_sd(c: Comparison) -> str:
+    sd = c.cases.mean(axis="columns").std(ddof=1)
+    return "–" if math.isnan(sd) else f"{100 * sd:.1f}"
+
+
+def runs_text(c: Comparison) -> str:
+    """``3 × 2``: three labelled subsets with two seeds each; ``3 × 1–2`` where they differ."""
+    seeds = [sum(dataset == subset for dataset, _ in c.runs) for subset in c.subsets]
+    return f"{len(seeds)} × {min(seeds)}" + (f"–{max(seeds)}" if min(seeds) < max(seeds) else "")
+
+
+def _difference(c: Comparison, d: Difference | None, *notes: str) -> str:
+    """``+1.2 [0.3, 2.1]`` in points; a note says where a subset of the trainer has no baseline."""
+    if d is None:
         return ""
-    p = "–" if math.isnan(c.p) else "< 0.001" if c.p < 0.001 else f"{c.p:.3f}"
-    return f"{100 * c.difference:+.1f} ({p})"
+    if d.subsets < len(c.subsets):
+        notes = (*notes, f"{d.subsets} of {len(c.subsets)} subsets")
+    interval = "" if math.isnan(d.low) else f" [{100 * d.low:.1f}, {100 * d.high:.1f}]"
+    return f"{100 * d.mean:+.1f}{interval}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _ratio(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.1f}"
+def _p(p: float) -> str:
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
+    """A table without the columns that are empty in every row."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    lines = [[line[i] for i in kept] for line in (header, ("---",) * len(header), *rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -44,8 +44,6 @@ class SimCVDSettings(SemiSupSettings):
     ramp_length: float = setting(
         0.0, "a ramp of their own; published: 1, all of the training", "share of training", within="[0, 1]"
     )
-        0.0, "a ramp of their own; published: 1, all of the training", "share", within="[0, 1]"
-    )
     teacher_decay: float = setting(0.999, "paper", "per step", within="[0, 1)")
     noise_std: float = setting(0.1, "not given; UA-MT", "normalised intensity", within="[0, inf)")
     noise_clip: float = setting(0.2, "not given; UA-MT", "normalised intensity", within="[0, inf)")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from nnunetv2_semisup.benchmark import plots, records, report, speed, table
+from nnunetv2_semisup import discovery
+from nnunetv2_semisup.benchmark import grid, plots, records, report, speed, table
 from nnunetv2_semisup.errors import InputError
 
 from .conftest import CASES, make_record, make_run
@@ -28,12 +29,21 @@ def results(filled, tmp_path):
     return tmp_path / "results"
 
 
-def test_the_repositorys_pages_and_pictures_are_those_of_its_numbers():
-    results = REPOSITORY / "results"
-    for file, expected in report.texts(results).items():
-        assert text(file) == expected, f"{file} is stale: run {report.COMMAND}"
-    assert REPOSITORY / "README.md" in report.texts(results), "README.md has lost its markers"
-    assert plots.stale(results) == [], f"stale pictures: run {report.COMMAND}"
+@pytest.mark.parametrize("folder", ["results", "results/archive_1250"])
+def test_the_repositorys_pages_and_pictures_are_those_of_its_numbers(folder):
+    results, texts = REPOSITORY / folder, report.texts(REPOSITORY / folder)
+    command = f"nnUNetv2_semisup_benchmark --report --results {folder}"
+    for file, expected in texts.items():
+        assert text(file) == expected, f"{file} is stale: run {command}"
+    if folder == "results":
+        assert REPOSITORY / "README.md" in texts, "README.md has lost its markers"
+    assert plots.stale(results) == [], f"stale pictures: run {command}"
+
+
+@pytest.mark.parametrize("folder", ["results", "results/archive_1250"])
+def test_the_repositorys_grids_can_be_read(folder):
+    file = REPOSITORY / folder / "grid.yaml"
+    assert grid.expand(grid.read(file), lambda dataset: f"Dataset{dataset}_X", str(file))
 
 
 def test_no_results_yet(tmp_path):
@@ -51,7 +61,7 @@ def test_pages(results):
     assert front.startswith("before\n") and front.endswith("\nafter\n") and "old" not in front
     assert front.count("`nnUNetTrainerCrossMatch`") == 2
     page = text(results / "README.md")
-    assert page.count("### Dataset9") == 3 and "A processor, 2 cores" in page
+    assert page.count("### Tiny: ") == 3 and "A processor, 2 cores" in page
     for picture in re.findall(r"\]\((plots/.*?)\)", page):
         assert (results / picture).is_file()
     report.write(results, None)
@@ -75,7 +85,8 @@ def test_changed_numbers_make_pages_and_pictures_stale(results):
     changed[4] = "0.123400"
     case_file.write_text("\n".join([lines[0], ",".join(changed), *lines[2:]]) + "\n")
     stale = plots.stale(results)
-    assert {name.split("__")[0] for name in stale} == {"labels", "cases"} and all("904" not in name for name in stale)
+    assert {name.split("__")[0] for name in stale} == {"labels", "differences", "cases"}
+    assert not any("4_labelled" in name for name in stale)
     assert report.texts(results)[results / "README.md"] != text(results / "README.md")
 
 
@@ -97,9 +108,24 @@ def test_pictures_show_something(results):
         assert min(image.shape[:2]) > 300 and image[..., :3].std() > 0.05
 
 
-def test_many_trainers_have_looks_of_their_own():
-    looks = {(plots._colour(i), plots._marker(i)) for i in range(30)}
-    assert len(looks) == 30
+def test_a_trainer_looks_the_same_everywhere_and_unlike_all_others():
+    ours = ["nnUNetTrainer", *discovery.trainers(), *(f"nnUNetTrainer{name}" for name in plots.KNOWN)]
+    assert {name.removeprefix("nnUNetTrainer") for name in discovery.trainers()} <= set(plots.KNOWN)
+    looks = {name: plots.look(name) for name in ours}
+    assert len(set(looks.values())) == len(looks)
+    assert plots.look("nnUNetTrainerOfAStranger") == plots.look("nnUNetTrainerOfAStranger")
+
+
+def test_the_ceiling_is_stock_where_no_method_ran(results):
+    comparisons = [c for c in table.load(results) if c.is_plain]
+    assert plots._ceiling(comparisons).setting["labeled"] == 80
+    assert plots._ceiling([c for c in comparisons if c.setting["labeled"] < 80]) is None
+
+
+def test_what_is_said_by_hand_stands_at_the_head(results):
+    (results / "about.md").write_text("What this is.\n")
+    page = report.texts(results)[results / "README.md"]
+    assert page.index("What this is.") < page.index("## How to read this")
 
 
 def test_overlays_go_into_the_work_folder(benchmark_data, use, work, tmp_path):

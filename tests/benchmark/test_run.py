@@ -1,5 +1,6 @@
 """The runner around its worker processes: here a stand-in for the worker, in test_kill.py the real one."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -162,7 +163,38 @@ def tiny_run(**changes):
 
 
 def test_all_is_well(dataset):
-    run.check([tiny_run(), tiny_run(trainer="nnUNetTrainerMeanTeacher", epochs=3)])
+    run.check([tiny_run(), tiny_run(epochs=3), tiny_run(trainer="nnUNetTrainerMeanTeacher", epochs=3)])
+
+
+def test_unequal_numbers_of_steps_are_warned_of(dataset, capsys):
+    """The fixture's Mean Teacher has 4 steps an epoch, CrossMatch and stock have 250."""
+    method, other = (tiny_run(trainer=f"nnUNetTrainer{name}", epochs=3) for name in ("MeanTeacher", "CrossMatch"))
+    assert run.unequal_steps([tiny_run(), method, other]) == [], "stock of another length is no baseline"
+    run.check([tiny_run(epochs=3), method, dataclasses.replace(method, seed=1), other])
+    [line] = capsys.readouterr().out.splitlines()
+    for words in ("nnUNetTrainerMeanTeacher takes 3 x 4 steps", "3 x 250", "Remove", "nnUNetPlans.json", "epochs"):
+        assert words in line
+
+
+def test_stock_of_a_length_that_nnunet_does_not_have_is_trained_and_predicts(dataset, work, monkeypatch):
+    from nnunetv2.run import run_training
+
+    build = run_training.get_trainer_from_args
+
+    def short(*arguments, **options):
+        trainer = build(*arguments, **options)
+        trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 2, 1
+        return trainer
+
+    monkeypatch.setattr(run_training, "get_trainer_from_args", short)
+    monkeypatch.setenv("nnUNet_results", "")  # the worker sets it
+    for epochs in (2, 3):
+        one = tiny_run(epochs=epochs)
+        worker.execute(one, work, "cpu", None)
+        record = work.read(one)
+        assert record["steps"] == 2 * epochs and len(record["evaluations"]["nnunet"]["cases"]) > 0
+        assert (work.model(one, "nnUNetPlans") / "fold_all" / "checkpoint_final.pth").is_file()
+        assert work.model(one, "nnUNetPlans").name == f"nnUNetTrainer_{epochs}epochs__nnUNetPlans__3d_fullres"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +203,6 @@ def test_all_is_well(dataset):
         ({"plans": "cpu"}, ("cpu.json does not exist", "nnUNetv2_semisup_plans")),
         ({"configuration": "3d_lowres"}, ("no configuration 3d_lowres",)),
         ({"configuration": "3d_cascade_fullres"}, ("no preprocessed", "nnUNetv2_preprocess")),
-        ({"epochs": 3}, ("nnUNetTrainer_3epochs", "1, 5, 10")),
         ({"trainer": "nnUNetTrainerNothing"}, ("nnUNetTrainerNothing_1epoch", "--check")),
     ],
 )

@@ -32,36 +32,137 @@ def test_means_sd_and_paired_difference(work, tmp_path):
     )
     assert (stock.trainer, method.trainer) == ("nnUNetTrainer", METHOD)
     assert stock.mean["dice"] == pytest.approx(0.7) and stock.sd["dice"] == pytest.approx(0.2 / math.sqrt(2))
-    assert stock.seeds == (0, 1) and stock.masks == 10 and math.isnan(stock.difference) and stock.verdict == ""
+    assert stock.runs == (("Dataset904_Tiny", 0), ("Dataset904_Tiny", 1)) and stock.dice == pytest.approx((0.6, 0.8))
+    assert stock.masks == 10 and stock.difference is None and stock.verdict == ""
     assert method.mean["dice"] == pytest.approx(0.844) and math.isnan(method.sd["dice"])
-    assert method.difference == pytest.approx(0.144)  # 0.2 0.1 0.15 0.14 0.13
-    assert method.p == pytest.approx(2 / 2**5)  # all five positive, two-sided
-    assert method.verdict == "too few seeds"
-    assert list(stock.cases) == pytest.approx([0.6, 0.8, 0.7, 0.7, 0.7])
+    d = method.difference
+    assert d.mean == pytest.approx(0.144)  # 0.2 0.1 0.15 0.14 0.13
+    assert 0.1 < d.low < 0.13 < 0.15 < d.high < 0.2
+    assert d.p == pytest.approx(2 / 2**5) and (d.better, d.cases, d.subsets) == (5, 5, 1)  # all positive, two-sided
+    assert method.verdict == "too few runs"
+    assert stock.cases["Dataset904_Tiny"].tolist() == pytest.approx([0.6, 0.8, 0.7, 0.7, 0.7])
 
 
-@pytest.mark.parametrize(
-    ("difference", "sd", "expected"),
-    [
-        (0.021, 0.01, "beats"),
-        (0.02, 0.01, "no difference"),
-        (-0.02, 0.01, "no difference"),
-        (-0.021, 0.01, "worse"),
-        (0.5, math.nan, "too few seeds"),
-        (math.nan, 0.01, ""),
-        (0.001, 0.0, "beats"),
-    ],
-)
-def test_verdict(difference, sd, expected):
-    assert table.verdict(difference, sd) == expected
+SUBSETS = ("Dataset904_Tiny", "Dataset914_Tiny", "Dataset924_Tiny")
+
+
+def test_labelled_subsets_are_one_row(work, tmp_path):
+    """Three subsets of stock, two of the method: the difference is that on the two, the sd that over all runs."""
+    stock, method = store(
+        work,
+        tmp_path,
+        *((make_run(dataset=s), dice) for s, dice in zip(SUBSETS, ([0.5, 0.6], [0.7, 0.6], [0.9, 0.9]), strict=True)),
+        *(
+            (make_run(dataset=s, trainer=METHOD), dice)
+            for s, dice in zip(SUBSETS, ([0.6, 0.8], [0.7, 0.9]), strict=False)
+        ),
+    )
+    assert stock.subsets == SUBSETS and method.subsets == SUBSETS[:2] and len(stock.runs) == 3
+    assert stock.dice == pytest.approx((0.55, 0.65, 0.9)) and stock.mean["dice"] == pytest.approx(0.7)
+    assert stock.sd["dice"] == pytest.approx(math.sqrt((0.15**2 + 0.05**2 + 0.2**2) / 2))
+    d = method.difference
+    assert d.mean == pytest.approx((0.1 + 0.2 + 0.0 + 0.3) / 4) and d.subsets == 2
+    assert (d.better, d.cases) == (2, 2)  # 0.05 and 0.25: a case is the mean over subsets
+    assert d.p == pytest.approx(0.5)
+    assert (d.low, d.high) == pytest.approx((0.05, 0.25))  # 0.1 or 0.2 twice, and 0.0 or 0.3 twice: 1 in 16 each
+    assert method.verdict == "no difference"  # 0.15 is less than twice 0.18
+    [first, second] = table.short_table([stock, method]).splitlines()[2:]
+    assert "| 3 × 1 | 70.0 ± 18.0 |" in first and "| 2 × 1 | 75.0 ± 7.1 |" in second
+    assert "| +15.0 [5.0, 25.0] |" in second
+    assert "Labelled subsets: Dataset904_Tiny, Dataset914_Tiny, Dataset924_Tiny." in table.full_tables([stock, method])
+
+
+def test_a_subset_without_baseline_is_said_and_does_not_count(work, tmp_path):
+    stock, method = store(
+        work,
+        tmp_path,
+        (make_run(dataset=SUBSETS[0], seed=0), [0.5, 0.6]),
+        (make_run(dataset=SUBSETS[0], seed=1), [0.5, 0.6]),
+        *((make_run(dataset=s, trainer=METHOD), [0.6, 0.6]) for s in SUBSETS),
+    )
+    assert method.difference.mean == pytest.approx(0.05) and method.difference.subsets == 1
+    text = table.short_table([stock, method])
+    assert "(1 of 3 subsets)" in text and "| 1 × 2 |" in text and "| 3 × 1 |" in text
+
+
+def test_subsets_with_different_numbers_of_seeds(work, tmp_path):
+    """A case's mean over seeds is taken within its subset."""
+    runs = [(make_run(dataset=SUBSETS[0], seed=s), [dice]) for s, dice in ((0, 0.2), (1, 0.4))]
+    runs += [(make_run(dataset=SUBSETS[1]), [0.7])]
+    runs += [(make_run(dataset=s, trainer=METHOD), [0.7]) for s in SUBSETS[:2]]
+    stock, method = store(work, tmp_path, *runs)
+    assert method.difference.mean == pytest.approx(((0.7 - 0.3) + 0.0) / 2)
+    assert table.runs_text(stock) == "2 × 1–2"
+
+
+def test_another_budget_is_another_row(work, tmp_path):
+    store(work, tmp_path, (make_run(dataset=SUBSETS[0]), [0.5]), labeled=4)
+    made = store(work, tmp_path, (make_run(dataset=SUBSETS[1]), [0.5]), labeled=8)
+    assert [c.setting["labeled"] for c in made] == [4, 8]
+
+
+def test_p_is_corrected_for_the_methods_of_a_setting(work, tmp_path):
+    dice = {"nnUNetTrainerA": [0.1 * i for i in range(1, 6)], "nnUNetTrainerB": [0.11, 0.2, 0.3, 0.4, 0.45]}
+    runs = [(make_run(), [0.05] * 5), *((make_run(trainer=t), d) for t, d in dice.items())]
+    runs.append((make_run(trainer="nnUNetTrainerA", epochs=10), [0.5] * 5))  # another setting, no baseline
+    _, a, b, other = store(work, tmp_path, *runs)
+    assert a.difference.p == b.difference.p == pytest.approx(2 / 2**5)
+    assert a.p == b.p == pytest.approx(2 * 2 / 2**5) and other.difference is None and math.isnan(other.p)
+    assert "| 0.125 |" in table.short_table([a])
+
+
+def frame(**columns) -> pd.DataFrame:
+    return pd.DataFrame(columns, index=list("xyz"))
 
 
 def test_p_is_that_of_a_signed_rank_test():
-    a, b = pd.Series([1.0, 2.0, 3.0], ["x", "y", "z"]), pd.Series([0.9, 1.8, 2.7], ["x", "y", "z"])
-    assert table.paired_difference(a, b)[1] == pytest.approx(binomtest(3, 3).pvalue)  # three of one sign: 2 / 8
-    assert table.paired_difference(a, a)[0] == 0 and math.isnan(table.paired_difference(a, a)[1])
-    other = pd.Series([0.0], ["somewhere else"])
-    assert all(map(math.isnan, table.paired_difference(a, other)))
+    a, b = frame(one=[1.0, 2.0, 3.0]), frame(one=[0.9, 1.8, 2.7])
+    assert table.paired_difference(a, b).p == pytest.approx(binomtest(3, 3).pvalue)  # three of one sign: 2 / 8
+    same = table.paired_difference(a, a)
+    assert same.mean == same.low == same.high == 0 and math.isnan(same.p) and same.better == 0
+    assert table.paired_difference(a, frame(two=[0.0, 0.0, 0.0])) is None
+
+
+def test_missing_values_are_left_out():
+    """A case that is unknown in one subset counts in the other."""
+    a = frame(one=[0.5, math.nan, 0.8], two=[0.5, 0.6, 0.7])
+    b = frame(one=[0.4, 0.5, 0.5], two=[0.5, 0.5, math.nan])
+    d = table.paired_difference(a, b)
+    assert d.mean == pytest.approx((0.1 + 0.3 + 0.0 + 0.1) / 4) and (d.better, d.cases, d.subsets) == (3, 3, 2)
+
+
+def test_equal_compute_is_the_shortest_stock_run_that_is_long_enough(work, tmp_path):
+    lengths = {5: [0.5, 0.6], 10: [0.6, 0.7], 20: [0.65, 0.75], 50: [0.9, 0.9]}
+    runs = [(make_run(epochs=e), dice) for e, dice in lengths.items()]
+    store(work, tmp_path, *runs, (make_run(trainer=METHOD), [0.7, 0.7]))
+
+    def equal(cost: float):
+        row = {"trainer": METHOD, "configuration": "3d_fullres", "plans": "cpu", "device": "cpu", "threads": "1"}
+        row |= {"dataset": "Dataset990_Tiny", "hardware": "A processor, 2 cores", "compiled": "False"}
+        made = table.compare(*table.read(tmp_path), [{**row, "step_ratio": str(cost)}])
+        [method] = [c for c in made if c.trainer == METHOD and c.setting["postprocessing"] == "none"]
+        assert method.difference.mean == pytest.approx(0.15), "at equal steps nothing changes"
+        return method
+
+    assert equal(2.0).equal_compute_steps == 2500 and equal(2.0).equal_compute.mean == pytest.approx(0.05)
+    assert equal(2.1).equal_compute_steps == 5000 and equal(2.1).equal_compute.mean == pytest.approx(0.0)
+    assert equal(11).equal_compute is None and equal(math.nan).equal_compute is None
+    assert equal(0.9).equal_compute_steps == 1250
+    assert "(2,500 steps) | 2.0 |" in table.short_table([equal(2.0)])
+
+
+def test_equal_compute_is_on_common_subsets(work, tmp_path):
+    runs = [(make_run(dataset=s, trainer=METHOD), [0.7, 0.7]) for s in SUBSETS]
+    runs += [(make_run(dataset=SUBSETS[0], epochs=10), [0.6, 0.6])]
+    store(work, tmp_path, *runs)
+    row = {"trainer": METHOD, "configuration": "3d_fullres", "plans": "cpu", "device": "cpu", "threads": "1"}
+    row |= {"dataset": SUBSETS[0], "hardware": "A processor, 2 cores", "compiled": "False", "step_ratio": "2"}
+    method = table.compare(*table.read(tmp_path), [row])[0]
+    assert method.trainer == METHOD and method.difference is None
+    assert (
+        method.equal_compute.subsets == 1
+        and "+10.0 [10.0, 10.0] (2,500 steps, 1 of 3 subsets)" in table.short_table([method])
+    )
 
 
 def test_failures_count_and_have_no_distance(work, tmp_path):
@@ -81,8 +182,9 @@ def test_labels_are_averaged_within_a_case_first(work, tmp_path):
         records.write(work.record(r), record)
     records.collect(work, tmp_path)
     stock, method = table.compare(*table.read(tmp_path))[:2]
-    assert list(stock.cases) == pytest.approx([0.55, 0.65]) and stock.mean["dice"] == pytest.approx(0.6)
-    assert method.difference == pytest.approx(0.1) and method.masks == 4
+    assert stock.cases["Dataset904_Tiny"].tolist() == pytest.approx([0.55, 0.65])
+    assert stock.mean["dice"] == pytest.approx(0.6)
+    assert method.difference.mean == pytest.approx(0.1) and method.masks == 4
 
 
 def test_step_cost_is_that_measured_in_one_process_on_the_machine_of_the_run(work, tmp_path):
@@ -106,7 +208,7 @@ def test_other_settings_are_no_baseline(work, tmp_path):
     for change in ({"epochs": 1}, {"plans": "other"}, {"fold": "0"}, {"configuration": "2d"}):
         made = store(work, tmp_path, (make_run(trainer=METHOD), [0.5, 0.6]), (make_run(**change), [0.5, 0.6]))
         [method] = [c for c in made if c.trainer == METHOD]
-        assert math.isnan(method.difference) and method.verdict == ""
+        assert method.difference is None and method.verdict == ""
         work.record(make_run(**change)).unlink()
 
 
@@ -120,8 +222,9 @@ def test_short_table(filled, tmp_path):
         ("80", ""),
     ]
     assert all(line[0] == "Tiny, 3d_fullres, plans cpu" and line[3] == "1,250" for line in lines)
-    assert lines[0][5].count("±") == 1 and lines[3][5].endswith("± –") and lines[4][7] == "too few seeds"
-    assert lines[1][7] == "beats" and lines[1][6].startswith("+")
+    assert lines[0][5].count("±") == 1 and lines[3][5].endswith("± –") and lines[4][10] == "too few runs"
+    assert lines[0][4] == "1 × 3" and lines[1][10] == "beats" and lines[1][7].startswith("+")
+    assert len(lines[0]) == 11, "no step cost, no column"
 
 
 def test_nothing():
@@ -141,7 +244,7 @@ def test_false_positives_where_nothing_is_count_in_the_difference(work, tmp_path
         (make_run(seed=0), [0.5, math.nan]),
         (make_run(trainer=METHOD, seed=0), [0.6, 0.0]),
     )
-    assert method.difference == pytest.approx((0.1 - 1) / 2)
+    assert method.difference.mean == pytest.approx((0.1 - 1) / 2)
 
 
 @pytest.mark.parametrize("content", ["", "run,dice\nx,1\n", "\0\1"])
