@@ -3,6 +3,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,6 +53,7 @@ def test_wrong_input_is_one_clear_line(overrides, message):
     assert "\n" not in str(error.value) and str(error.value).startswith("plans")
 
 
+@hypothesis.settings(deadline=None)
 @given(st.data(), st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.sampled_from("[("), st.sampled_from("])"))
 def test_a_value_is_accepted_exactly_within_its_interval(data, low, width, opening, closing):
     high = low + width

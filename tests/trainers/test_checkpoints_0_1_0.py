@@ -1,5 +1,6 @@
 """Runs that version 0.1.0 began go on with today's code; how the files were made: checkpoints_0_1_0/README.md."""
 
+import copy
 import lzma
 from pathlib import Path
 
@@ -18,7 +19,9 @@ def resume(tiny, tmp_path):
         file = tmp_path / "checkpoint_latest.pth"
         file.write_bytes(lzma.decompress((FOLDER / f"{name}.pth.xz").read_bytes()))
         saved = torch.load(file, weights_only=False)
-        trainer = tiny.trainer(name, "2d", plans=saved["init_args"]["plans"], resume=True)
+        plans = copy.deepcopy(saved["init_args"]["plans"])
+        plans["semisup"][name]["preset"] = "published"  # the defaults of 0.1.0
+        trainer = tiny.trainer(name, "2d", plans=plans, resume=True)
         trainer.load_checkpoint(str(file))
         return trainer, saved
 
