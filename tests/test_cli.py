@@ -5,7 +5,6 @@ import json
 import pytest
 
 from nnunetv2_semisup import cli, discovery
-from nnunetv2_semisup.errors import InputError
 
 COMMANDS = [
     *(cli.trainers, cli.plans, cli.preprocess, cli.hide_labels, cli.add_unlabeled),
@@ -95,12 +94,6 @@ def test_preprocess_and_plans_do_their_work(tiny, capsys):
     (tiny.preprocessed / "derived.json").unlink()
     splits = json.loads((tiny.preprocessed / "splits_final.json").read_text())  # stock needs them for 3 cases
     assert [fold["val"] for fold in splits] == [["lab0"], ["lab1"], ["lab2"]]
-
-
-def test_slurm_parameters():
-    assert cli._key_values(["slurm_partition=gpu", "timeout_min=60"]) == {"slurm_partition": "gpu", "timeout_min": 60}
-    with pytest.raises(InputError, match="KEY=VALUE"):
-        cli._key_values(["partition"])
 
 
 def test_benchmark_report_of_an_empty_work_folder(tiny, capsys, tmp_path):

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         runner.dry_run(runs, work, options)
         return 0
     if args.slurm is not None:
-        runner.submit(runs, work, options, _key_values(args.slurm))
+        runner.submit(runs, work, options, key_values(args.slurm))
         return 0
     return 1 if runner.run_grid(runs, work, results, options) else 0
 
@@ -63,7 +63,8 @@ def _speed(args: argparse.Namespace, results: Path) -> int:
     return 0
 
 
-def _key_values(texts: list[str]) -> dict:
+def key_values(texts: list[str]) -> dict:
+    """``KEY=VALUE`` texts as a dict, values as JSON where they are; an InputError names a text without =."""
     for text in texts:
         if "=" not in text:
             raise InputError(f"--slurm {text!r} is malformed: write KEY=VALUE")

@@ -72,6 +72,12 @@ def raw(nnunet_raw, tmp_path, monkeypatch) -> Path:
     return nnunet_raw
 
 
+def test_subsets_are_of_patients(raw, tmp_path):
+    acdc.convert(make_source("nifti", tmp_path / "source"), 27, "2", options=Options(subset=1))
+    cases = names(raw / "Dataset027_ACDC" / "imagesTr")
+    assert cases == {f"{patient}_{frame}" for patient in TRAIN[2:4] for frame in ("ED", "ES")}
+
+
 @pytest.mark.parametrize("form", ["nifti", "h5"])
 def test_every_voxel_arrives_where_it_was(form, raw, tmp_path):
     report = acdc.convert(make_source(form, tmp_path / "source"), 27, "1")

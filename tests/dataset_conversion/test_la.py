@@ -351,7 +351,7 @@ def test_list_file_is_checked(text, match, raw, source, tmp_path):
 
 def test_raw_folder_is_checked(raw, source, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "absent"))
-    refuse(raw, "absent, which is no folder", source, 508, "2")
+    refuse(raw, "absent, which is not a folder", source, 508, "2")
     monkeypatch.delenv("nnUNet_raw")
     refuse(raw, "nnUNet_raw is not set", source, 508, "2")
 

@@ -11,6 +11,7 @@ from conversion_helpers import names, read, refuse, verify
 from dicom_series import make_ct
 
 from dataset_conversion import lits
+from dataset_conversion.common import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore:One patient only")
 
@@ -72,6 +73,14 @@ def test_larger_budgets_contain_smaller_ones_and_the_test_set_stays(nnunet_raw, 
         names(second / "imagesTs"),
         names(second / "imagesTr"),
     )
+
+
+def test_subsets(nnunet_raw, source):
+    for subset in (0, 1):
+        lits.convert(source, 110 + subset, "2", "1", options=Options(subset=subset))
+    first, second = nnunet_raw / "Dataset110_LiTS", nnunet_raw / "Dataset111_LiTS"
+    assert not names(first / "imagesTr") & names(second / "imagesTr")
+    assert names(first / "imagesTs") == names(second / "imagesTs")
 
 
 def test_lists(nnunet_raw, source, tmp_path):
