@@ -8,6 +8,11 @@ Python process of the environment, so this module must stay cheap: nothing but t
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunetv2_semisup.settings import SemiSupSettings
+    from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 
 VARIABLE = "nnUNet_extTrainer"
 
@@ -24,7 +29,7 @@ def register() -> None:
         os.environ[VARIABLE] = os.pathsep.join([*folders, ext_trainers_folder()])
 
 
-def trainers() -> dict[str, type]:
+def trainers() -> dict[str, type[nnUNetTrainerSemiSup]]:
     """Every trainer this package offers, by name (without the ``_<N>epochs`` variants)."""
     from nnunetv2_semisup.trainers import TRAINERS
 
@@ -38,7 +43,7 @@ def nearest(name: str) -> str | None:
     return names.nearest(name, trainers())
 
 
-def settings_class(trainer_name: str) -> type:
+def settings_class(trainer_name: str) -> type[SemiSupSettings]:
     """The settings dataclass of a trainer named without epoch suffix.
 
     Raises:

@@ -77,8 +77,8 @@ class Size:
         return replace(PRESETS[preset], **{part: value for part, value in vars(self).items() if value is not None})
 
 
-def _option(name: str, values: Sequence[int]) -> str:
-    return " ".join([name, *map(str, values)])
+def _option(name: str, values: Sequence[int] | None) -> str:
+    return " ".join([name, *map(str, values or ())])
 
 
 PRESETS = {

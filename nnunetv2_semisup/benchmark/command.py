@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{work.root} is not a folder: name the benchmark's work folder with -o")
         if work is None and not args.results.is_dir():
             raise InputError(f"{args.results} is not a folder: name the one with runs.csv")
-        report.write(args.results or work.root / "results", work)
+        report.write(args.results if work is None else args.results or work.root / "results", work)
         return 0
     work = records.WorkFolder((args.o or _work_folder()).resolve())
     results = args.results or work.root / "results"

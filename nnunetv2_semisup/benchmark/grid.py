@@ -108,8 +108,8 @@ def expand(blocks: list[dict], full_name: Callable[[str], str], where: str) -> l
         axes = _axes(block, f"{where}, block {number}")
         inference = axes.pop("inference")
         names = dict.fromkeys(full_name(dataset) for dataset in axes.pop("datasets"))
-        for values in product(names, *axes.values()):
-            run = Run(*values, inference=inference)
+        for values in product(names, *axes.values(), [inference]):
+            run = Run(*values)
             if run.id in runs:  # two blocks that overlap
                 both = dict.fromkeys((*runs[run.id].inference, *inference))
                 run = dataclasses.replace(run, inference=tuple(both))

@@ -40,6 +40,8 @@ KNOWN = (
 TRUTH, PREDICTION = "#E69F00", "#56B4E9"
 DIGEST = "Description"  # key of a PNG's text that holds the digest of the numbers in it
 
+Pictures = dict[str, tuple[str, Callable[[list[Comparison]], Figure], list[Comparison]]]
+
 
 def plan(comparisons: list[Comparison]) -> dict[str, str]:
     """File name -> what it shows, for every picture that these numbers give."""
@@ -69,7 +71,7 @@ def stale(results: Path) -> list[str]:
     names = []
     for name, (_, _, chosen) in _pictures(table.load(results)).items():
         file = results / "plots" / name
-        if not file.is_file() or Image.open(file).text.get(DIGEST) != digest(chosen):
+        if not file.is_file() or Image.open(file).info.get(DIGEST) != digest(chosen):
             names.append(name)
     return names
 
@@ -85,12 +87,10 @@ def digest(comparisons: list[Comparison]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _pictures(
-    comparisons: list[Comparison],
-) -> dict[str, tuple[str, Callable[[list[Comparison]], Figure], list[Comparison]]]:
+def _pictures(comparisons: list[Comparison]) -> Pictures:
     """File name -> caption, drawing function, the comparisons it takes. nnU-Net's inference, no post-processing."""
     chosen = [c for c in comparisons if c.is_plain]
-    pictures = {}
+    pictures: Pictures = {}
     for key in dict.fromkeys(map(_curve, chosen)):
         of_curve = [c for c in chosen if _curve(c) == key]
         if all(c.difference is None for c in of_curve):
@@ -160,34 +160,33 @@ def _ceiling(comparisons: list[Comparison]) -> Comparison | None:
 
 def draw_differences(comparisons: list[Comparison]) -> Figure:
     """A line per method and budget: mean difference to stock with its interval, at equal steps and at equal compute."""
-    methods = [c for c in comparisons if c.difference]
-    methods.sort(key=lambda c: (c.setting["labeled"], -c.difference.mean))
+    methods = [(c, c.difference) for c in comparisons if c.difference]
+    methods.sort(key=lambda method: (method[0].setting["labeled"], -method[1].mean))
     figure = Figure(figsize=(7.6, 1.5 + 0.42 * len(methods)), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     axis.axvline(0, color="0.4", linewidth=1, zorder=2)
     stock = {c.setting["labeled"]: c for c in comparisons if c.trainer == BASELINE}
-    for y, c in enumerate(methods):
+    for y, (c, difference) in enumerate(methods):
         baseline = stock[c.setting["labeled"]]
         if len(baseline.dice) >= statistics.FEWEST_RUNS:
             half = 200 * baseline.sd["dice"]
             axis.fill_betweenx([y - 0.5, y + 0.5], -half, half, color="0.9", linewidth=0, zorder=1)
         colour, marker = look(c.trainer)
-        lines = [(c.difference, -0.12 if c.equal_compute else 0, colour)]
+        lines = [(difference, -0.12 if c.equal_compute else 0, colour)]
         lines += [(c.equal_compute, 0.16, "white")] if c.equal_compute else []
         for d, shift, face in lines:
             axis.plot([100 * d.low, 100 * d.high], [y + shift] * 2, color=colour, linewidth=1.6, zorder=3)
-            dot = {"color": colour, "markerfacecolor": face, "markersize": 7, "zorder": 4}
-            axis.plot(100 * d.mean, y + shift, marker, **dot)
-        text = f"{c.difference.better} of {c.difference.cases} better; {c.verdict}"
+            axis.plot(100 * d.mean, y + shift, marker, color=colour, markerfacecolor=face, markersize=7, zorder=4)
+        text = f"{difference.better} of {difference.cases} better; {c.verdict}"
         axis.annotate(text, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize="small")
-    names = [f"{_short(c.trainer)}, {c.setting['labeled']} labelled, {table.runs_text(c)}" for c in methods]
+    names = [f"{_short(c.trainer)}, {c.setting['labeled']} labelled, {table.runs_text(c)}" for c, _ in methods]
     axis.set_yticks(range(len(methods)), names, fontsize="small")
     axis.set_ylim(len(methods) - 0.5, -0.5)
     axis.set_xlabel("test Dice minus stock nnU-Net's, points (mean and 95 % interval)")
     axis.grid(axis="x", alpha=0.3)
-    handles = [Line2D([], [], color="0.3", marker="o", label="at equal steps")]
-    if any(c.equal_compute for c in methods):
+    handles: list[Line2D | Patch] = [Line2D([], [], color="0.3", marker="o", label="at equal steps")]
+    if any(c.equal_compute for c, _ in methods):
         handles.append(Line2D([], [], color="0.3", marker="o", markerfacecolor="white", label="at equal compute"))
     if any(len(c.dice) >= statistics.FEWEST_RUNS for c in stock.values()):
         handles.append(Patch(color="0.9", label="twice stock's sd over runs"))
@@ -200,23 +199,22 @@ def draw_differences(comparisons: list[Comparison]) -> Figure:
 def draw_cases(comparisons: list[Comparison]) -> Figure:
     """A panel per method: Dice of every case, stock on x, the method on y; above the diagonal the method is better."""
     baseline = next(c for c in comparisons if c.trainer == BASELINE)
-    methods = [c for c in comparisons if c.difference]
+    methods = [(c, c.difference) for c in comparisons if c.difference]
     columns = min(3, len(methods))
     lines = math.ceil(len(methods) / columns)
     figure = Figure(figsize=(3.4 * columns + 0.4, 3.9 * lines + 0.4), layout="compressed")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    pairs = [_common(baseline.cases, method.cases) for method in methods]
+    pairs = [_common(baseline.cases, method.cases) for method, _ in methods]
     everything = 100 * np.concatenate([np.concatenate(pair) for pair in pairs])
     low, high = everything.min(), everything.max()
     margin = max(1.0, 0.06 * (high - low))
     limits = (low - margin, high + margin)
-    for axis, method, (x, y) in zip(axes, methods, pairs, strict=False):
+    for axis, (method, d), (x, y) in zip(axes, methods, pairs, strict=False):
         colour, marker = look(method.trainer)
         size = 26 if len(x) < 60 else 12
         axis.plot(limits, limits, color="0.5", linewidth=1, zorder=1)
         axis.scatter(100 * x, 100 * y, s=size, color=colour, marker=marker, alpha=0.75, linewidth=0, zorder=2)
-        d = method.difference
         axis.set_title(
             f"{_short(method.trainer)}\nbetter in {d.better} of {d.cases}, mean {100 * d.mean:+.1f} points",
             fontsize="medium",

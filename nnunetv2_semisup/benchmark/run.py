@@ -48,12 +48,12 @@ def run_grid(runs: list[Run], work: WorkFolder, results: Path, options: Options)
         start = perf_counter()
         code = run_one(run, work, options)
         seconds = perf_counter() - start
-        if code == 0:
+        if code == 0 and (record := work.read(run)) is not None:
             try:
                 records.collect(work, results)
             except OSError as error:
                 print(f"    the tables in {results} could not be written ({error}): --report makes them", flush=True)
-            print(f"    done in {readable(seconds)}: {_summary(work.read(run))}", flush=True)
+            print(f"    done in {readable(seconds)}: {_summary(record)}", flush=True)
         elif code == worker.BUSY:
             busy += 1
             print("    another process is doing this run: skipped", flush=True)
@@ -77,13 +77,14 @@ def dry_run(runs: list[Run], work: WorkFolder, options: Options) -> None:
     for run in runs:
         seconds, source = 0.0, "finished"
         if work.missing(run):
-            seconds, source = expected_seconds(run, finished), "as earlier runs"
-            if seconds is None:
+            expected, source = expected_seconds(run, finished), "as earlier runs"
+            if expected is None:
                 source = "training alone, from a few steps"
                 kind = (run.family, run.plans, run.configuration, run.trainer_name)
                 if kind not in measured:
                     measured[kind] = _training_seconds(run, options)
-                seconds = measured[kind]
+                expected = measured[kind]
+            seconds = expected
         total += seconds
         print(f"{run.id}  {readable(seconds) if seconds else '-'}  ({source})", flush=True)
     print(f"{len(runs)} runs, {readable(total)} on one {options.device}. Work folder: {work.root}")
@@ -136,6 +137,7 @@ def run_one(run: Run, work: WorkFolder, options: Options) -> int:
             env=_environment(options),
             start_new_session=True,
         )
+        assert process.stdin is not None  # a pipe, see above
         with process.stdin, _ended_with_this_block(process):
             code = process.wait()
     if code == 0 and work.missing(run):
@@ -182,7 +184,8 @@ def unequal_steps(runs: list[Run]) -> list[str]:
             continue
         file = Path(os.environ["nnUNet_preprocessed"], run.dataset, f"{run.plans}.json")
         plans = read_json(file, "make the plans, see nnUNetv2_semisup_plans -h")
-        ours = settings.of_trainer(plans, run.trainer, discovery.settings_class(run.trainer)).num_iterations_per_epoch
+        settings_class = discovery.settings_class(run.trainer)
+        ours = settings.of_trainer(plans, run.trainer, settings_class, trainers).num_iterations_per_epoch
         if ours != stock:
             warnings.append(
                 f"{run.trainer} takes {run.epochs} x {ours} steps on {run.dataset}, {run.configuration}, plans "

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -182,8 +183,8 @@ def _against_stock(alone: list[Comparison]) -> list[Comparison]:
         corrected = statistics.holm([math.nan if d is None else d.p for d in differences])
         compared += [baseline] if baseline else []
         for method, difference, p in zip(methods, differences, corrected, strict=True):
-            changes = {"difference": difference, "p": p}
-            if difference is not None:
+            changes: dict[str, Any] = {"difference": difference, "p": p}
+            if difference is not None and baseline is not None:
                 interval = difference.low, difference.high
                 changes["verdict"] = statistics.verdict(difference.mean, interval, baseline.dice)
             for longer in stock:

@@ -117,7 +117,7 @@ def preprocess_unlabeled(
         _tidy(task, survey)
         pending = survey.pending_of(wanted)
         if pending:
-            log(f"Preprocessing {len(pending)} of {len(survey.images)} unlabelled cases into {task.folder}")
+            log(f"Preprocessing {len(pending)} of {len(survey.files)} unlabelled cases into {task.folder}")
             _process(task, survey, pending, num_processes)
         log(f"{len(wanted)} unlabelled cases are preprocessed in {task.folder}")
     return wanted
@@ -196,6 +196,11 @@ class _Survey(NamedTuple):
     pending: list[str]
     lost: list[str]
     strays: list[Path]
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """``images``; nothing where they are not at hand."""
+        return self.images or {}
 
     def pending_of(self, wanted: list[str]) -> list[str]:
         return sorted(set(self.pending) & set(wanted))
@@ -326,7 +331,7 @@ def _tidy(task: _Task, survey: _Survey) -> None:
     task.folder.mkdir(exist_ok=True)
     _write_manifest(task, survey.recorded)
     for file in survey.strays:
-        if not any(file.name == f"{case}{suffix}" for case in survey.images for suffix in SUFFIXES):
+        if not any(file.name == f"{case}{suffix}" for case in survey.files for suffix in SUFFIXES):
             file.unlink()
     for file in task.dataset_folder.glob(f".{task.manifest.name}.*.tmp"):
         file.unlink()
@@ -344,7 +349,7 @@ def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: in
     # A folder of this run's own: a worker that outlived an earlier run cannot write into it.
     work = Path(tempfile.mkdtemp(dir=task.temporary))
     jobs = [
-        _Job(case, survey.images[case], str(work / case), task.plans, task.configuration, task.dataset_json)
+        _Job(case, survey.files[case], str(work / case), task.plans, task.configuration, task.dataset_json)
         for case in pending
     ]
 

@@ -124,6 +124,10 @@ def distance_to(sources: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarra
     Reference: Felzenszwalb & Huttenlocher, Theory of Computing 2012, section 2, with the minimum over all j.
     """
     reaches = [(length - 1) ** 2 for length in sources.shape]
+    unit: float
+    sizes: tuple[float, ...]
+    far: float
+    dtype: type[np.uint16 | np.float32]
     if len(set(spacing_mm)) == 1 and sum(reaches) + 1 + max(reaches) < 2**16:  # no sum below can be larger
         unit, sizes, far, dtype = spacing_mm[0], (1,) * sources.ndim, sum(reaches) + 1, np.uint16
     else:

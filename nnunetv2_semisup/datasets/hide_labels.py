@@ -130,7 +130,7 @@ def group_cases(cases: Sequence[str], pattern: str | None, known: object = None)
     except re.error as error:
         raise InputError(f"--patient_pattern {pattern!r} is no regular expression: {error}") from error
     found = {case: compiled.search(case) for case in cases}
-    patients = {case: match and match[min(compiled.groups, 1)] for case, match in found.items()}
+    patients = {case: match[min(compiled.groups, 1)] if match else "" for case, match in found.items()}
     unknown = [case for case, patient in patients.items() if not patient]
     if unknown:
         raise InputError(f"--patient_pattern {pattern!r} finds no patient in {', '.join(unknown[:5])}; correct it")

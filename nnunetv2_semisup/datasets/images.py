@@ -134,7 +134,7 @@ def align_label(label: sitk.Image, image: sitk.Image, path: Path, image_path: Pa
     flipped = [bool(between[axis, j] < 0) for j, axis in enumerate(order)]
 
     array = sitk.GetArrayFromImage(label).transpose(2, 1, 0).transpose(order)
-    array = np.flip(array, [j for j in range(3) if flipped[j]])
+    array = np.flip(array, tuple(j for j in range(3) if flipped[j]))
     spacing = np.asarray(label.GetSpacing())[order]
     if array.shape != image.GetSize():
         raise InputError(
@@ -207,8 +207,7 @@ def check_source(source: Path) -> Path:
 
 def packed(source: Path) -> str:
     """What to add to an error where files are missing: the archives below ``source``, or nothing."""
-    found = sorted(source.rglob("[!.]*"))
-    found = [str(file) for file in found if file.name.lower().endswith(ARCHIVES)]
+    found = [str(file) for file in sorted(source.rglob("[!.]*")) if file.name.lower().endswith(ARCHIVES)]
     if not found:
         return ""
     more = f" and {len(found) - 1} more archives are" if len(found) > 1 else " is"
@@ -352,10 +351,10 @@ def read_series(files: Sequence[Path]) -> sitk.Image:
         )
     if np.abs(steps - np.outer(distances, normal)).max() > 0.05 * usual:
         raise InputError(f"{place}: the DICOM slices are shifted against each other (gantry tilt); resample them first")
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames([str(file) for file in files])
+    series = sitk.ImageSeriesReader()
+    series.SetFileNames([str(file) for file in files])
     try:
-        return reader.Execute()
+        return series.Execute()
     except RuntimeError as error:
         raise InputError(f"{place}: damaged DICOM series ({last_line(error)}); download it again") from error
 

@@ -288,15 +288,15 @@ def _evaluate_case(job: _Job) -> list[dict]:
         for postprocessing in job.postprocessing:
             if postprocessing == "largest_component":
                 in_prediction = largest_component(in_prediction)
-            masks = [_squeeze(mask & valid, axes) for mask in (in_prediction, in_reference)]
+            predicted, true = (_squeeze(mask & valid, axes) for mask in (in_prediction, in_reference))
             rows.append(
                 {
                     "case": job.case,
                     "label": label,
                     "postprocessing": postprocessing,
-                    **compare_masks(*masks, spacing and [spacing[axis] for axis in axes]),
-                    "voxels_prediction": int(np.count_nonzero(masks[0])),
-                    "voxels_reference": int(np.count_nonzero(masks[1])),
+                    **compare_masks(predicted, true, spacing and [spacing[axis] for axis in axes]),
+                    "voxels_prediction": int(np.count_nonzero(predicted)),
+                    "voxels_reference": int(np.count_nonzero(true)),
                 }
             )
     return rows

@@ -20,7 +20,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
@@ -41,7 +40,7 @@ def predict_folder(
     model_folder: Path,
     images: Path,
     output: Path,
-    inference: Literal["nnunet", "literature"],
+    inference: str,
     device: torch.device | str,
     checkpoint: str = "checkpoint_final.pth",
     folds: Sequence[int | str] = ("all",),
@@ -53,7 +52,7 @@ def predict_folder(
         model_folder: ``Trainer__Plans__Configuration``, with ``plans.json``, ``dataset.json`` and ``fold_*``.
         images: folder of ``CASE_0000...`` files.
         output: created; receives the segmentations, nnU-Net's json files, and ``inference.json``: how they were made.
-        inference: see the table above.
+        inference: ``nnunet`` or ``literature``, see the table above.
         device: where the network runs.
         checkpoint: file in every fold's folder.
         folds: averaged by nnU-Net.
@@ -115,10 +114,10 @@ class LiteraturePredictor(nnUNetPredictor):
             fraction = LA_STRIDE_FRACTION
         if len(fraction) != len(patch) or not all(0 < f <= 1 for f in fraction):
             raise InputError(f"stride_fraction {tuple(fraction)} must be {len(patch)} numbers above 0 and at most 1")
-        by_array_axis = fraction[::-1]  # arrays are (z, y, x)
+        fraction = fraction[::-1]  # arrays are (z, y, x)
         if len(patch) == 3:
-            by_array_axis = [by_array_axis[axis] for axis in self.plans_manager.transpose_forward]
-        return tuple(max(1, round(f * size)) for f, size in zip(by_array_axis, patch, strict=True))
+            fraction = tuple(fraction[axis] for axis in self.plans_manager.transpose_forward)
+        return tuple(max(1, round(f * size)) for f, size in zip(fraction, patch, strict=True))
 
     @torch.inference_mode()
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
@@ -171,8 +170,9 @@ def sliding_windows(
         [min(i * step, size - length) for i in range(math.ceil((size - length) / step) + 1)]
         for size, length, step in zip(shape[len(slices) :], patch, stride, strict=True)
     ]
-    for *position, corner in itertools.product(*slices, itertools.product(*starts)):
-        yield (*position, *(slice(start, start + length) for start, length in zip(corner, patch, strict=True)))
+    for position in itertools.product(*slices):
+        for corner in itertools.product(*starts):
+            yield (*position, *(slice(start, start + length) for start, length in zip(corner, patch, strict=True)))
 
 
 def _initialize(predictor: nnUNetPredictor, model_folder: Path, checkpoint: str, folds: Sequence[int | str]) -> None:

@@ -91,7 +91,8 @@ def surface(mask: np.ndarray) -> np.ndarray:
         inside[1:] &= moved[:-1]
         inside[:-1] &= moved[1:]
         inside[0] = inside[-1] = False
-    return mask & ~inner
+    boundary: np.ndarray = mask & ~inner
+    return boundary
 
 
 def _distances(first: np.ndarray, second: np.ndarray, spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,10 +102,11 @@ def _distances(first: np.ndarray, second: np.ndarray, spacing: Sequence[float]) 
 
 def _distances_to(voxels: np.ndarray, target: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     nearest = distance_transform_edt(~target, sampling=spacing, return_distances=False, return_indices=True)
-    squared = 0.0
+    squared = np.zeros(np.count_nonzero(voxels))
     for axis, position in enumerate(np.nonzero(voxels)):
         squared = squared + ((nearest[axis][voxels] - position) * spacing[axis]) ** 2
-    return np.sqrt(squared)
+    distances: np.ndarray = np.sqrt(squared)
+    return distances
 
 
 def _percentile_95(*distances: np.ndarray) -> float:

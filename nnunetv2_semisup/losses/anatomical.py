@@ -142,8 +142,10 @@ def adaptive_anatomical_contrast(
         teacher, queue, centres = (F.normalize(x.detach().float(), dim=1) for x in (teacher, queue, centres))
         own = (student * teacher).sum(1)
         # The n * M products are the largest array of the step: in parts, made again in the backward pass.
-        again = {"use_reentrant": False, "preserve_rng_state": False}
-        parts = [checkpoint(_log_sum_exp, part, queue, **again) for part in student.split(128)]
+        parts = [
+            checkpoint(_log_sum_exp, part, queue, use_reentrant=False, preserve_rng_state=False)
+            for part in torch.split(student, 128)
+        ]
         total = torch.logaddexp(own, torch.cat(parts))
         total = torch.logaddexp(total, torch.logsumexp(student @ centres.T, 1))
         classes = torch.arange(len(centres), device=labels.device)

@@ -24,8 +24,7 @@ def voxel_vectors(features: Tensor, max_voxels: int) -> Tensor:
         size[longest] = size[longest] // 2
     features = features.float()
     if size != list(features.shape[2:]):
-        pool = F.adaptive_avg_pool3d if len(size) == 3 else F.adaptive_avg_pool2d
-        features = pool(features, size)
+        features = F.interpolate(features, size, mode="area")  # means, as adaptive pooling
     return features.flatten(2).transpose(1, 2)
 
 

@@ -15,6 +15,9 @@ class PrototypeMemory(nn.Module):
     Reference: SS-Net (Wu et al., MICCAI 2022), after Alonso et al. (ICCV 2021) without its queue.
     """
 
+    rows: Tensor
+    count: Tensor
+
     def __init__(self, classes: int, size: int, features: int):
         super().__init__()
         self.size = size

@@ -17,6 +17,10 @@ class Queue(nn.Module):
     Reference: MoCo (He et al., CVPR 2020), without its condition that the batch divides the size.
     """
 
+    rows: Tensor
+    pointer: Tensor
+    count: Tensor
+
     def __init__(self, start: Tensor):
         super().__init__()
         self.register_buffer("rows", start.clone())
@@ -38,7 +42,7 @@ class Queue(nn.Module):
         size = self.rows.shape[0]
         if valid is None:
             valid = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-        for chunk, keep in zip(rows.split(size), valid.split(size), strict=True):
+        for chunk, keep in zip(torch.split(rows, size), torch.split(valid, size), strict=True):
             # How many rows are valid stays on the device: they come first; behind them the old content is written back.
             order = torch.argsort((~keep).int(), stable=True)
             places = (self.pointer + torch.arange(chunk.shape[0], device=rows.device)) % size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,8 @@ class RepresentationHead(nn.Module):
 
     def thin(self, full: Tensor) -> Tensor:
         """Every ``step``-th voxel of (B, ..., X, Y, Z): from full resolution to the grid."""
-        return full[(..., *(slice(None, None, step) for step in self.step))]
+        thin: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.step))
+        return full[thin]
 
     def on_grid(self, maps: list[Tensor]) -> GridFeatures:
         """What the layers per voxel start from; nothing as large as the grid is kept for the backward pass.
@@ -100,7 +101,7 @@ class RepresentationHead(nn.Module):
         wide = [m for m, wide in zip(maps, self.is_wide, strict=True) if wide]
         projected = [layer(m.movedim(1, -1)).movedim(-1, 1) for layer, m in zip(self.wide, wide, strict=True)]
         total = sum(_resize(m, grid) for m in projected)
-        return GridFeatures(_rows(torch.cat(narrow, 1)), _rows(total) if projected else None)
+        return GridFeatures(_rows(torch.cat(narrow, 1)), _rows(total) if isinstance(total, Tensor) else None)
 
     @torch.no_grad()
     def class_means(self, features: GridFeatures, members: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
     mode. Other processes are not asked: a class seen by one of them would hang them.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
         """Normalise ``rows`` (N, F) float32; ``valid`` (N,) bool or None."""
         if valid is None:

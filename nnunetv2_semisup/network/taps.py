@@ -5,9 +5,12 @@ for PlainConvUNet and ResidualEncoderUNet, with and without deep supervision.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+COMPILED = "semisup_compiled_taps"  # attribute of a network
 
 
 def encode(network: nn.Module, images: Tensor) -> list[Tensor]:
@@ -59,27 +62,27 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 
 def feature_channels(network: nn.Module) -> int:
     """F of the last features that :func:`decode` returns."""
-    return network.decoder.seg_layers[-1].in_channels
+    return _decoder(network).seg_layers[-1].in_channels
 
 
 def level_channels(network: nn.Module) -> list[int]:
     """Channels of the features that :func:`decode_levels` returns."""
-    return [layer.in_channels for layer in network.decoder.seg_layers][::-1]
+    return [layer.in_channels for layer in _decoder(network).seg_layers][::-1]
 
 
 def first_stride(network: nn.Module) -> tuple[int, ...]:
     """Voxels of the highest decoder level per voxel of the second, on each axis."""
-    return tuple(network.decoder.transpconvs[-1].stride)
+    return tuple(_decoder(network).transpconvs[-1].stride)
 
 
 def bottleneck_channels(network: nn.Module) -> int:
     """Channels of the last skip that :func:`encode` returns."""
-    return network.encoder.output_channels[-1]
+    return _encoder(network).output_channels[-1]
 
 
 def compile_taps(network: nn.Module) -> None:
     """Let ``encode`` and ``decode`` run compiled for this network and later copies of it; its keys do not change."""
-    network.semisup_compiled_taps = True
+    vars(network)[COMPILED] = True
 
 
 def use_channels_last(network: nn.Module, *others: nn.Module) -> None:
@@ -108,8 +111,16 @@ def check_supported(network: nn.Module) -> None:
         )
 
 
+def _encoder(network: nn.Module) -> Any:  # nnU-Net's networks have no types
+    return network.encoder
+
+
+def _decoder(network: nn.Module) -> Any:
+    return network.decoder
+
+
 def _encode(network: nn.Module, images: Tensor) -> list[Tensor]:
-    return network.encoder(images)
+    return _encoder(network)(images)
 
 
 def _decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
@@ -118,7 +129,7 @@ def _decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tens
 
 
 def _decode_levels(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], list[Tensor]]:
-    decoder = network.decoder
+    decoder = _decoder(network)
     features = skips[-1]
     outputs, levels = [], []
     for depth, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
@@ -132,7 +143,7 @@ def _decode_levels(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | li
 
 
 def _is_compiled(network: nn.Module) -> bool:
-    return getattr(network, "semisup_compiled_taps", False)
+    return getattr(network, COMPILED, False)
 
 
 @cache

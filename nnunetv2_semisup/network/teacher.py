@@ -1,11 +1,17 @@
 """The exponential moving average of the student's weights."""
 
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+Student = TypeVar("Student", bound=nn.Module)
 
-class MovingAverage(AveragedModel):
+
+class MovingAverage(AveragedModel, Generic[Student]):
     """EMA copy of a module: no gradient, warm-up of the decay.
 
     After the t-th update (t from 0) the weights are ``a * teacher + (1 - a) * student`` with
@@ -19,7 +25,9 @@ class MovingAverage(AveragedModel):
     Reference: Tarvainen & Valpola, NeurIPS 2017, section 2; warm-up as in its released code.
     """
 
-    def __init__(self, network: nn.Module, decay: float):
+    module: Student
+
+    def __init__(self, network: Student, decay: float):
         super().__init__(network)
         self.decay = decay
         self.warm_up = True
@@ -34,7 +42,7 @@ class MovingAverage(AveragedModel):
             mine.copy_(students)
         self.n_averaged += 1
 
-    def without_warm_up(self) -> "MovingAverage":
+    def without_warm_up(self) -> MovingAverage[Student]:
         """Use the full decay from the first update on."""
         self.warm_up = False
         return self
@@ -52,9 +60,10 @@ class MovingAverage(AveragedModel):
         return self
 
 
-class Teacher(MovingAverage):
+class Teacher(MovingAverage[nn.Module]):
     """EMA copy of the planned network, without deep supervision."""
 
     def __init__(self, network: nn.Module, decay: float):
         super().__init__(network, decay)
-        self.module.decoder.deep_supervision = False
+        decoder: Any = self.module.decoder
+        decoder.deep_supervision = False

@@ -9,6 +9,7 @@ TorchIO and boxes from UniMatch (Yang et al., CVPR 2023).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -139,7 +140,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     return images
 
 
-def draw_boxes(images: Tensor, probability: float, volume: tuple[float, float]) -> Tensor:
+def draw_boxes(images: Tensor, probability: float, volume: Sequence[float]) -> Tensor:
     """One box per sample for CutMix.
 
     The box has the share f of the patch, uniform in ``volume``, and the aspect r, uniform in [0.3, 1 / 0.3]; its sides

@@ -42,9 +42,10 @@ def draw_jitter(images: Tensor, probability: float, strength: float, blur_probab
     """
     batch, channels, device = images.shape[0], images.shape[1], images.device
     chosen = (torch.rand(batch, 1, device=device) < probability).float()
-    factors = 1 + strength * chosen * (2 * torch.rand(2, batch, channels, device=device) - 1)
+    brightness, contrast = 1 + strength * chosen * (2 * torch.rand(2, batch, channels, device=device) - 1)
     sigma = 0.15 + torch.rand(batch, 1, device=device)
-    return Jitter(*factors, torch.rand(batch, device=device) < blur_probability, sigma.expand(-1, images.ndim - 2))
+    blur = torch.rand(batch, device=device) < blur_probability
+    return Jitter(brightness, contrast, blur, sigma.expand(-1, images.ndim - 2))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, pairwise
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
     """
 
     settings_class = ACTIONSettings
-    unsupervised_weights = ("w_global", "w_local", "w_unsup", "w_anco")
+    unsupervised_weights: ClassVar[tuple[str, ...]] = ("w_global", "w_local", "w_unsup", "w_anco")
     alters_supervision = {"stage1_supervised": True, "lr_restart": False}  # noqa: RUF012 - typed in the base class
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: ACTIONSettings):
@@ -234,7 +234,11 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         self.teacher.update_parameters(network)
         self.teacher_projectors.update_parameters(self.projectors)
         for name, rows in self._to_queue.items():
-            self.queues[name].push(gather_rows(torch.cat(rows)))
+            self.queue(name).push(gather_rows(torch.cat(rows)))
+
+    def queue(self, name: str) -> Queue:
+        """Of earlier embeddings of the teacher."""
+        return cast(Queue, self.queues[name])
 
     def _reset_teacher(self, network: nn.Module) -> None:
         self.teacher.reset(network)
@@ -254,16 +258,16 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         """Distillation on ``share`` of the patches, and the supervised loss if there are labels; one student pass."""
         s, stage = self.settings, self.stage(progress)
         weights = {name: share * weight for name, weight in self.stage_weights(stage).items() if weight > 0}
-        supervised = target is not None and (stage == 2 or s.stage1_supervised)
+        known = target if stage == 2 or s.stage1_supervised else None
 
         strong = self._strong_view(images)
         for_student, for_teacher = (strong, images) if s.strong_on == "student" else (images, strong)
         with torch.no_grad():
             skips = taps.encode(self.teacher.module, for_teacher)
-            logits = taps.decode(self.teacher.module, skips)[0] if "local" in weights else None
+            logits = taps.logits_of(self.teacher.module, skips) if "local" in weights else None
             teacher = self._embeddings(weights, skips[-1], logits, self.teacher_projectors.module)
         skips = taps.encode(network, for_student)
-        output = taps.decode(network, skips)[0] if "local" in weights or supervised else None
+        output = taps.decode(network, skips)[0] if "local" in weights or known is not None else None
         logits = None if output is None else taps.full_resolution(output)
         student = self._embeddings(weights, skips[-1], logits, self.projectors, self.predictors)
 
@@ -271,15 +275,15 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         for name, weight in weights.items():
             temperatures = self.distillation_temperatures(progress)
             value, alike = soft_negative_distillation(
-                student[name], teacher[name], self.queues[name].rows, *temperatures
+                student[name], teacher[name], self.queue(name).rows, *temperatures
             )
             # Against the random rows that a queue starts with, the first gradients would be by far the largest, and
             # nnU-Net's momentum would keep them for a hundred steps.
-            terms[f"{name}_{stream}"] = (weight, value * self.queues[name].is_full())
+            terms[f"{name}_{stream}"] = (weight, value * self.queue(name).is_full())
             self.diagnostics[f"share_same_nearest_{name}_{stream}"] = alike
             self._to_queue.setdefault(name, []).append(self._kept_windows(name, teacher[name]))
-        if supervised:
-            terms["supervised"] = (1.0, self.task.supervised_loss(output, target))
+        if output is not None and known is not None:
+            terms["supervised"] = (1.0, self.task.supervised_loss(output, known))
         return terms
 
     def distillation_temperatures(self, progress: float) -> tuple[float, float]:
@@ -299,7 +303,7 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         with torch.autocast(bottleneck.device.type, enabled=False):
             if "global" in names:
                 inputs["global"] = coarse_means(bottleneck.float(), self.settings.global_cells)[:, None]
-            if "local" in names:
+            if "local" in names and logits is not None:
                 inputs["local"] = pool_cells(logits.float(), self.window_edges)
             embedded = {name: projectors[name](value) for name, value in inputs.items()}
             if predictors is not None:
@@ -310,7 +314,7 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
 
     def _kept_windows(self, name: str, rows: Tensor) -> Tensor:
         """What of (B, P, F) enters the queue: everything, or one random window per patch. Unit vectors."""
-        if self.queues[name].rows.shape[1] < rows.shape[1]:
+        if self.queue(name).rows.shape[1] < rows.shape[1]:
             drawn = torch.randint(rows.shape[1], (rows.shape[0],), device=rows.device)
             rows = rows[torch.arange(rows.shape[0], device=rows.device), drawn][:, None]
         return nn.functional.normalize(rows, dim=2)

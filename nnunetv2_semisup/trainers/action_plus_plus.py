@@ -77,6 +77,11 @@ class ACTIONPlusPlus(ACTION):
     settings_class = ACTIONPlusPlusSettings
     unsupervised_weights = (*ACTION.unsupervised_weights, "w_aaco")
 
+    settings: ACTIONPlusPlusSettings
+    centres: Tensor
+    centroids: Tensor
+    allocation: Tensor
+
     def __init__(self, network: nn.Module, task: TaskInfo, settings: ACTIONPlusPlusSettings):
         super().__init__(network, task, settings)
         s, width = settings, settings.representation_features
@@ -141,8 +146,8 @@ class ACTIONPlusPlus(ACTION):
             student.flatten(0, 1),
             teacher.flatten(0, 1),
             labels.flatten(),
-            self.queues["voxels"].rows,
-            self.queues["voxel_labels"].rows,
+            self.queue("voxels").rows,
+            self.queue("voxel_labels").rows,
             self.centres[self.allocation],
             temperature,
             self.settings.lambda_a,
@@ -156,8 +161,8 @@ class ACTIONPlusPlus(ACTION):
         sums, present, teacher, labels = self._contrasted
         # Class after class would let the last classes push the first ones out of a queue that is too short for all.
         rows, labels = (gather_rows(x.transpose(0, 1).flatten(0, 1)) for x in (teacher, labels))
-        self.queues["voxels"].push(rows, labels >= 0)
-        self.queues["voxel_labels"].push(labels, labels >= 0)
+        self.queue("voxels").push(rows, labels >= 0)
+        self.queue("voxel_labels").push(labels, labels >= 0)
         # The allocation of the centroids so far: the copy to the CPU is over by now, so that a GPU need not be awaited.
         if self._cosines is None:
             self._cosines = (self.centroids @ self.centres.T).cpu()

@@ -50,12 +50,14 @@ TRAINERS: dict[str, type[nnUNetTrainerSemiSup]] = {}  # every trainer defined in
 class nnUNetTrainerSemiSup(nnUNetTrainer):
     """nnU-Net's trainer with a second, unlabelled stream. Subclasses set ``method_class``, rarely more."""
 
-    method_class: ClassVar[type[SemiSupMethod] | None] = None
+    method_class: ClassVar[type[SemiSupMethod]]
+    method: SemiSupMethod  # -> initialize
+    _best_ema: float | None  # nnU-Net's
     epochs_of_name: ClassVar[int | None] = None  # set on nnUNetTrainer<Method>_<N>epochs
 
     def __init_subclass__(cls):
         super().__init_subclass__()
-        if cls.method_class is not None and cls.__module__.startswith(f"{__package__}."):
+        if hasattr(cls, "method_class") and cls.__module__.startswith(f"{__package__}."):
             TRAINERS[cls.__name__] = cls  # not those with epochs: they belong to the package, to none of its modules
 
     def __init__(
@@ -71,7 +73,6 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self.num_epochs = self.settings.num_epochs
         self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
-        self.method: SemiSupMethod | None = None  # -> initialize
         self.unlabeled_cases: list[str] = []  # -> on_train_start
         self.training_log = TrainingLog()
         self._resumed = False

@@ -169,14 +169,16 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
     def _strong_view(self, patches: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
         """A strong view of u with a box of a strong view of m, and the box. Geometry is that of u."""
         s = self.settings
-        views = []
-        for images in (partners, patches):
+
+        def strong(images: Tensor) -> Tensor:
             view = draw_strong_view(
                 images, s.strong_intensity_probability, s.strong_blur_probability, s.strong_bias_field
             )
-            views.append(apply_strong_view(images, view))
+            return apply_strong_view(images, view)
+
+        inside, outside = strong(partners), strong(patches)
         box = draw_boxes(patches, s.box_probability, s.box_volume)
-        return torch.where(box, *views), box
+        return torch.where(box, inside, outside), box
 
     def _feature_views(self, skips: list[Tensor]) -> list[list[Tensor]]:
         """The skips with weak and with strong channel dropout."""
@@ -197,6 +199,7 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
 
 class nnUNetTrainerCrossMatch(nnUNetTrainerSemiSup):
     method_class = CrossMatch
+    settings: CrossMatchSettings
 
     def initialize(self):
         super().initialize()

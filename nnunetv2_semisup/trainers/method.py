@@ -32,7 +32,7 @@ class TaskInfo:
         spacing_mm: voxel size per axis of the patch.
     """
 
-    supervised_loss: SupervisedLoss | Callable[[Any, Any], Tensor]
+    supervised_loss: SupervisedLoss
     num_heads: int
     has_regions: bool
     ignore_label: int | None
@@ -66,6 +66,8 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
     first_supervised_epoch: int = 0
     #: True: the unlabelled batch has ``partners``, another draw of as many patches to mix with.
     wants_partners: bool = False
+
+    head_weights: Tensor
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: Settings):
         """Build what is needed beside ``network``, which may be looked at and copied but not kept."""

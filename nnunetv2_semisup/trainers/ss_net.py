@@ -271,6 +271,7 @@ class SSNet(SemiSupMethod[SSNetSettings]):
 
 class nnUNetTrainerSSNet(nnUNetTrainerSemiSup):
     method_class = SSNet
+    settings: SSNetSettings
 
     def _build_loss(self):
         loss = super()._build_loss()

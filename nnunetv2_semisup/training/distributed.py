@@ -49,9 +49,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     if not is_distributed():
         return rows
     count = torch.tensor([rows.shape[0]], device=rows.device)
-    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
-    counts = [int(c) for c in counts]
+    of_each = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_each, count)
+    counts = [int(c) for c in of_each]
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: rows.shape[0]] = rows
     gathered = [torch.empty_like(padded) for _ in counts]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from typing import Any
 
 
 class StopRequest:
@@ -20,7 +21,7 @@ class StopRequest:
     def __init__(self):
         self.agreed = False
         self._signal: signal.Signals | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     @property
     def wanted(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from batchgenerators.dataloading.data_loader import DataLoader
@@ -17,7 +17,7 @@ from nnunetv2_semisup.data.loader import TwoStreamLoader, UnlabeledDataLoader, U
 
 WAIT_SECONDS = 0.002  # nnU-Net's value
 
-Augmenter = SingleThreadedAugmenter | NonDetMultiThreadedAugmenter
+Augmenter: TypeAlias = SingleThreadedAugmenter | NonDetMultiThreadedAugmenter
 
 
 def two_streams(

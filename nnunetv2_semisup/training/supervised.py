@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class SupervisedLoss:
         """
         outputs = output if isinstance(output, list) else [output]
         levels = getattr(self.loss, "weight_factors", (1.0,))
-        dice = getattr(self.loss, "loss", self.loss).dc
+        dice = _without_deep_supervision(self.loss).dc
         total = output[0].new_zeros((), dtype=torch.float32)
         for level, logits in zip(levels, outputs, strict=True):
             if level == 0:
@@ -90,10 +91,15 @@ def _resized(values: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(values.float(), size, mode="nearest-exact").to(values.dtype)
 
 
+def _without_deep_supervision(loss: nn.Module) -> Any:
+    """The part that nnU-Net's deep supervision wraps; nnU-Net's losses have no types."""
+    return getattr(loss, "loss", loss)
+
+
 def _with_ignored_voxels(loss: nn.Module, num_regions: int) -> nn.Module:
     """A copy of nnU-Net's loss that knows an ignore label: its own mechanism, for losses built without one."""
     partial = copy.deepcopy(loss)
-    inner = getattr(partial, "loss", partial)  # the part that deep supervision wraps
+    inner = _without_deep_supervision(partial)
     if num_regions:
         inner.use_ignore_label, inner.ce.reduction = True, "none"
         inner.weight_ce /= num_regions  # with a mask nnU-Net sums over the regions, without one it takes their mean
