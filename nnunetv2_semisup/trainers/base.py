@@ -467,6 +467,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self.initialize()
         ours = checkpoints.read_own_part(filename_or_checkpoint, self.base_name())
         changed = checkpoints.changed_settings(settings_module.as_json(self.settings), ours["settings"])
+        was_started = self._start.started
         try:
             super().load_checkpoint(filename_or_checkpoint)
             self.method.load_state_dict(ours["method"])
@@ -483,8 +484,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             ) from error
         if ours["training_weights"] is not None:
             self.bare_network.load_state_dict(ours["training_weights"])
-        if self._start.started:
+        if self._start.started and not was_started:
             self._prepare_terms()
+        elif self.settings.guards:
+            self._weigh_heads()
         self.training_log.rows = list(ours["log"])
         # A run that was stopped within an epoch repeats it: drop what nnU-Net's log has of it.
         for values in self.logger.local_logger.get_checkpoint().values():
