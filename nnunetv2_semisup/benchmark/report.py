@@ -25,9 +25,8 @@ EXPLANATION = """
   `nnUNet_n_proc_DA=0` on the CPU, see docs/benchmark.md.
 - `difference`: Dice in points against stock `nnUNetTrainer` with the same labelled cases, plans, steps, fold, inference
   and component: paired by subset and case, each case's mean over seeds first, on the subsets that both ran; in
-  brackets the 95 % interval of the mean: bootstrap, 10,000 resamples, cases drawn with replacement in each subset by
-  itself. It tells about other cases with these labelled subsets; about other subsets the sd over runs tells. A case
-  that gains in every subset counts as several, so with S subsets the interval may be too narrow, by up to √S.
+  brackets the 95 % interval of the mean: bootstrap, 10,000 resamples of the cases, each the mean over subsets. It tells
+  about other cases with these labelled subsets; about other subsets the sd over runs tells.
   A mask that is rightly empty counts as a Dice of 1 here where another run put something into it.
 - `p`: Wilcoxon's signed-rank test over cases, each the mean over subsets, two-sided, corrected (Holm) for the number of
   methods of equal steps, inference and component. `better`: cases, each the mean over subsets, in which it is better.

@@ -13,16 +13,14 @@ FEWEST_RUNS = 3  # of the baseline: the sd of two runs may be small by chance
 
 
 def bootstrap_interval(
-    groups: Sequence[np.ndarray], level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+    values: np.ndarray, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over all values, each group resampled with replacement by itself.
+    """Percentile interval of the mean, the values resampled with replacement.
 
-    The stratified bootstrap of Davison & Hinkley (Bootstrap Methods and their Application, 1997, section 3.2): a sample
-    has as many values of each group as there are. Where a case is in every group, its values count as independent: if
-    they move together, the interval is too narrow, by up to the root of the number of groups.
+    Reference: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
 
     Args:
-        groups: paired differences, an array (cases,) per labelled subset, in any unit, without NaN.
+        values: independent ones, (cases,), in any unit, without NaN.
         level: share of the resampled means inside the interval.
         resamples: number of resampled means.
         seed: of the resampling; the same values give the same interval.
@@ -30,15 +28,10 @@ def bootstrap_interval(
     Returns:
         Lower and upper end in the unit of the values; NaN where there are fewer than two values.
     """
-    total = sum(map(len, groups))
-    if total < 2:
+    if len(values) < 2:
         return math.nan, math.nan
-    generator = np.random.default_rng(seed)
-    sums = np.zeros(resamples)
-    for values in groups:
-        chosen = generator.integers(0, len(values), (resamples, len(values)))
-        sums += np.asarray(values, float)[chosen].sum(axis=1)
-    low, high = np.quantile(sums / total, ((1 - level) / 2, (1 + level) / 2))
+    chosen = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(np.asarray(values, float)[chosen].mean(axis=1), ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 

@@ -25,6 +25,15 @@ def sample_positions(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return positions.clamp(max=mask.numel() - 1), slots < count
 
 
+def rows_at(rows: Tensor, positions: Tensor) -> Tensor:
+    """(*positions.shape, F): ``rows`` (N, F) at ``positions`` int64.
+
+    Not ``rows[positions]``: on a CPU its backward pass is slower, and where a position comes twice its sums differ in
+    their last digits from run to run.
+    """
+    return rows.index_select(0, positions.flatten()).unflatten(0, positions.shape)
+
+
 def sample_rows(features: Tensor, members: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Feature vectors of at most ``size`` voxels per class.
 
@@ -39,7 +48,6 @@ def sample_rows(features: Tensor, members: Tensor, size: int) -> tuple[Tensor, T
     """
     size = min(size, members.shape[1])
     positions, valid = (torch.stack(part) for part in zip(*(sample_positions(m, size) for m in members), strict=True))
-    flat = features.flatten(2)
-    rows = flat[positions // flat.shape[2], :, positions % flat.shape[2]].float()
+    rows = rows_at(features.movedim(1, -1).flatten(0, -2), positions).float()
     valid = valid & torch.isfinite(rows.detach()).all(-1)
     return torch.where(valid[..., None], rows, 0.0), valid

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunetv2_semisup.memory.sampling import rows_at
+
 
 def mlp(in_features: int, hidden_features: int, out_features: int, relu: bool) -> nn.Sequential:
     """Linear, ReLU or nothing, Linear."""
@@ -119,9 +121,9 @@ class RepresentationHead(nn.Module):
     def rows(self, features: GridFeatures, positions: Tensor) -> Tensor:
         """(*positions.shape, F) float32 embeddings at ``positions`` int64 in [0, B * x * y * z)."""
         with torch.autocast(features.narrow.device.type, enabled=False):
-            hidden = self.narrow(features.narrow[positions].float())
+            hidden = self.narrow(rows_at(features.narrow, positions).float())
             if features.wide is not None:
-                hidden = hidden + features.wide[positions].float()
+                hidden = hidden + rows_at(features.wide, positions).float()
             return self.last(torch.relu(hidden))
 
 

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_semisup import __version__, files
 from nnunetv2_semisup import settings as settings_module
 from nnunetv2_semisup.data import folders, loader, preprocess, splits
+from nnunetv2_semisup.data.volumes import labelled_volumes
 from nnunetv2_semisup.errors import InputError, TrainingFailed
 from nnunetv2_semisup.labels import class_names
 from nnunetv2_semisup.network import taps
@@ -41,7 +42,6 @@ from nnunetv2_semisup.training.step import Group, StepResult, back_propagate, fi
 from nnunetv2_semisup.training.stopping import StopRequest
 from nnunetv2_semisup.training.supervised import SupervisedLoss
 
-MAX_CASES_FOR_VOLUMES = 20  # labelled cases that the guard of vanishing classes reads
 MAX_OVERFLOWS_IN_A_ROW = 20  # a GradScaler that starts at 2^16 has passed every sensible scale by then
 
 TRAINERS: dict[str, type[nnUNetTrainerSemiSup]] = {}  # every trainer defined in this folder, by name
@@ -82,7 +82,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self._stop = StopRequest()
         self._weights = checkpoints.NetworkWeights()
         self._stage = 1  # the last one that the method entered
-        self._labelled_volumes: list[float] = []  # -> on_train_start
+        self._labelled_volumes: list[float] = []  # -> get_tr_and_val_datasets
         names = class_names(dataset_json["labels"], self.label_manager.has_regions)
         s = self.settings
         self._start = Start(names, not self.label_manager.has_regions, s.start_dice, s.start_latest, s.ramp_share)
@@ -204,6 +204,13 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self.print_to_log_file(f"{len(cases)} unlabelled cases serve fold {self.fold}.")
         return cases
 
+    def get_tr_and_val_datasets(self):
+        train, val = super().get_tr_and_val_datasets()
+        if self.settings.guards and not self.is_supervised:
+            patch_size = self.configuration_manager.patch_size
+            self._labelled_volumes = labelled_volumes(train, self.label_manager, patch_size)
+        return train, val
+
     def get_dataloaders(self):
         # Stock builds its two loaders, transforms and all, without starting workers.
         with files.environment(nnUNet_n_proc_DA="0"):
@@ -262,8 +269,6 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             np.random.seed(self._loader_seed)
         if not self._resumed:
             self.method.reset(self.bare_network)
-        if self.settings.guards and not self.is_supervised:
-            self._labelled_volumes = self._measure_labelled_volumes()
         broadcast_state(self.bare_network, self.method)
         super().on_train_start()
         if self.local_rank == 0:
@@ -404,22 +409,6 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def _weigh_heads(self) -> None:
         self.method.head_weights.copy_(torch.tensor(self._start.head_weights()))
 
-    def _measure_labelled_volumes(self) -> list[float]:
-        """Share of the voxels of each foreground class in the labelled training cases, padded to the patch size."""
-        cases = self.do_split()[0]
-        chosen = cases[:: -(-len(cases) // MAX_CASES_FOR_VOLUMES)]
-        dataset = self.dataset_class(self.preprocessed_dataset_folder, chosen)
-        manager, patch = self.label_manager, self.configuration_manager.patch_size
-        regions = manager.foreground_regions if manager.has_regions else manager.foreground_labels
-        shares = []
-        for case in chosen:
-            segmentation = np.asarray(dataset.load_case(case)[1][0])
-            size = segmentation.shape[-len(patch) :]
-            padding = math.prod(max(n, p) for n, p in zip(size, patch, strict=True)) / math.prod(size)
-            known = segmentation.size if manager.ignore_label is None else (segmentation != manager.ignore_label).sum()
-            shares.append([np.isin(segmentation, region).sum() / max(1, known * padding) for region in regions])
-        return np.mean(shares, 0).tolist()
-
     def _before_best_checkpoint(self) -> None:
         """Let nnU-Net's moving average of the Dice, which decides on the best checkpoint, start with the labels."""
         first = self.method.first_supervised_epoch
@@ -458,14 +447,11 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         if self.local_rank != 0 or self.disable_checkpointing:
             return super().save_checkpoint(filename)
-        # nnU-Net builds the dictionary and writes it in one go, so let it write to memory, add our key, write the file.
-        buffer = io.BytesIO()
-        inference = self._inference_network()
-        with self._weights.inference(self.bare_network, inference) as training_weights:
-            super().save_checkpoint(buffer)
-        buffer.seek(0)
-        checkpoint = torch.load(buffer, map_location="cpu", weights_only=False)
-        checkpoint[checkpoints.KEY] = {
+        # nnU-Net builds the dictionary and writes it in one go, so let it write to memory.
+        stock = io.BytesIO()
+        with self._weights.inference(self.bare_network, self._inference_network()) as training_weights:
+            super().save_checkpoint(stock)
+        ours = {
             "trainer": self.base_name(),
             "version": __version__,
             "settings": settings_module.as_json(self.settings),
@@ -475,13 +461,14 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             "log": self.training_log.rows,
             "training_weights": training_weights,
         }
-        checkpoints.write(checkpoint, filename)
+        checkpoints.write(stock, ours, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
             self.initialize()
         ours = checkpoints.read_own_part(filename_or_checkpoint, self.base_name())
         changed = checkpoints.changed_settings(settings_module.as_json(self.settings), ours["settings"])
+        was_started = self._start.started
         try:
             super().load_checkpoint(filename_or_checkpoint)
             self.method.load_state_dict(ours["method"])
@@ -498,8 +485,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             ) from error
         if ours["training_weights"] is not None:
             self.bare_network.load_state_dict(ours["training_weights"])
-        if self._start.started:
+        if self._start.started and not was_started:
             self._prepare_terms()
+        elif self.settings.guards:
+            self._weigh_heads()
         self.training_log.rows = list(ours["log"])
         # A run that was stopped within an epoch repeats it: drop what nnU-Net's log has of it.
         for values in self.logger.local_logger.get_checkpoint().values():

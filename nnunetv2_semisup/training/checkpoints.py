@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from time import strftime
 from typing import Any
@@ -47,8 +48,10 @@ class NetworkWeights:
             self.use_training(network)
 
 
-def write(checkpoint: dict[str, Any], filename: str) -> None:
-    """Write so that a reader finds either the old file or the whole new one."""
+def write(stock: BytesIO, ours: dict[str, Any], filename: str) -> None:
+    """Write nnU-Net's checkpoint with our part so that a reader finds either the old file or the whole new one."""
+    stock.seek(0)
+    checkpoint = torch.load(stock, map_location="cpu", weights_only=False) | {KEY: ours}
     with whole_file(Path(filename), only_writer=True) as temporary:
         torch.save(checkpoint, temporary)
 

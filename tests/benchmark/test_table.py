@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binomtest
@@ -128,7 +129,16 @@ def test_missing_values_are_left_out():
     a = frame(one=[0.5, math.nan, 0.8], two=[0.5, 0.6, 0.7])
     b = frame(one=[0.4, 0.5, 0.5], two=[0.5, 0.5, math.nan])
     d = table.paired_difference(a, b)
-    assert d.mean == pytest.approx((0.1 + 0.3 + 0.0 + 0.1) / 4) and (d.better, d.cases, d.subsets) == (3, 3, 2)
+    assert d.mean == pytest.approx((0.05 + 0.1 + 0.3) / 3) and (d.better, d.cases, d.subsets) == (3, 3, 2)
+
+
+def test_the_same_gain_in_every_subset_makes_the_interval_no_narrower():
+    gains = np.random.default_rng(0).normal(0.02, 0.1, 40)
+    zeros, one = np.zeros(40), pd.DataFrame({"a": gains})
+    three = pd.DataFrame(dict.fromkeys("abc", gains))
+    single = table.paired_difference(one, pd.DataFrame({"a": zeros}))
+    several = table.paired_difference(three, pd.DataFrame(dict.fromkeys("abc", zeros)))
+    assert (several.low, several.high) == pytest.approx((single.low, single.high)) and several.subsets == 3
 
 
 def test_equal_compute_is_the_shortest_stock_run_that_is_long_enough(work, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_semisup.memory.sampling import sample_positions, sample_rows
+from nnunetv2_semisup.memory.sampling import rows_at, sample_positions, sample_rows
 
 
 @settings(max_examples=80, deadline=None)
@@ -64,3 +64,15 @@ def test_half_precision_features_and_their_overflow():
     rows, valid = sample_rows(features, torch.ones(1, 16, dtype=torch.bool), 16)
     assert rows.dtype == torch.float32 and torch.isfinite(rows).all()
     assert (~valid[0]).nonzero().flatten().tolist() == [10, 15] and not rows[~valid].any()
+
+
+def test_gradients_of_rows_taken_twice_are_the_same_in_every_run():
+    rows, positions = torch.randn(4096, 16), torch.randint(0, 4096, (3, 8192))
+    weights, gradients = torch.randn(3, 8192, 16), []
+    for _ in range(10):
+        x = rows.clone().requires_grad_()
+        (rows_at(x, positions) * weights).sum().backward()
+        gradients.append(x.grad)
+    assert all(torch.equal(gradients[0], g) for g in gradients)
+    expected = torch.zeros_like(rows).index_put_((positions.flatten(),), weights.flatten(0, 1), accumulate=True)
+    torch.testing.assert_close(gradients[0], expected)

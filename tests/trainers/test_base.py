@@ -14,6 +14,7 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_semisup.data.volumes import labelled_volumes
 from nnunetv2_semisup.errors import InputError, TrainingFailed
 from nnunetv2_semisup.trainers.base import MAX_OVERFLOWS_IN_A_ROW
 
@@ -464,7 +465,8 @@ def test_a_class_that_vanishes_from_the_pseudo_labels_counts_less(tiny, monkeypa
         lambda decided: trainer.method.diagnostics.update(share_volume_1=torch.tensor(1e-4)),
     )
     trainer.run_training()
-    (labelled,) = trainer._measure_labelled_volumes()
+    train, _ = trainer.get_tr_and_val_datasets()
+    (labelled,) = labelled_volumes(train, trainer.label_manager, trainer.configuration_manager.patch_size)
     ball = 4 / 3 * np.pi * 5**3 / (20 * 18 * 22)
     assert labelled == pytest.approx(ball, rel=0.15), "balls of radius 5, maybe cut by the border"
     assert trainer.method.head_weights.tolist() == pytest.approx([1e-4 / (0.5 * labelled)] * 2, rel=1e-4)

@@ -91,7 +91,7 @@ def test_target_does_not_follow_the_student(tiny):
 
 
 def test_weight_follows_the_ramp_over_the_run(tiny):
-    trainer = build(tiny, num_epochs=10, num_iterations_per_epoch=4)
+    trainer = build(tiny, num_epochs=10, num_iterations_per_epoch=4, preset="published")
     expected = {0: 0.2 * 0.0067379, 2: 0.2 * 0.2865, 4: 0.2, 9: 0.2}
     for epoch, weight in expected.items():
         trainer.current_epoch = epoch
