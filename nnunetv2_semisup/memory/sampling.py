@@ -31,7 +31,7 @@ def rows_at(rows: Tensor, positions: Tensor) -> Tensor:
     Not ``rows[positions]``: on a CPU its backward pass is slower, and where a position comes twice its sums differ in
     their last digits from run to run.
     """
-    return rows.index_select(0, positions.flatten()).unflatten(0, positions.shape)
+    return rows.index_select(0, positions.flatten()).reshape(*positions.shape, rows.shape[1])
 
 
 def sample_rows(features: Tensor, members: Tensor, size: int) -> tuple[Tensor, Tensor]:
