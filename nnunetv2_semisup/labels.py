@@ -7,7 +7,8 @@ first, of which these functions read the first. 2D drops Z.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +47,19 @@ def class_indices(target: Tensor | list[Tensor], has_regions: bool, ignore_label
     return torch.where(known, disjoint_classes(region_masks(target, ignore_label)), -1)
 
 
-def class_names(labels: dict[str, int | list[int]], has_regions: bool) -> list[str]:
-    """Names of the foreground classes of dataset.json's ``labels``, by value; with regions in their order there."""
-    names = [name for name in labels if name not in ("background", "ignore")]
-    return names if has_regions else sorted(names, key=lambda name: labels[name])
+def class_names(labels: dict[str, Any], foreground: Sequence[Any]) -> list[str]:
+    """Names of nnU-Net's foreground labels or regions, in its order.
+
+    Args:
+        labels: of dataset.json: name to value, or to the values of a region.
+        foreground: values, or tuples of values.
+    """
+    names = {_values(value): name for name, value in labels.items()}
+    return [names.get(_values(value), str(value)) for value in foreground]
+
+
+def _values(value: Any) -> tuple[int, ...]:
+    return tuple(int(v) for v in value) if isinstance(value, (list, tuple)) else (int(value),)
 
 
 def disjoint_classes(regions: Tensor) -> Tensor:

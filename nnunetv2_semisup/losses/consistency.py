@@ -88,15 +88,17 @@ def squared_dice(student: Tensor, target: Tensor, smooth: float) -> Tensor:
     return 1 - (2 * overlap + smooth) / (sizes + smooth)
 
 
-def joint_linear_dice(student: Tensor, target: Tensor, smooth: float) -> Tensor:
+def joint_linear_dice(student: Tensor, target: Tensor, smooth: float, weights: Tensor) -> Tensor:
     """1 - (2 sum p q + s) / (sum p + sum q + s), sums over batch, heads and voxels.
 
     For softmax probabilities this is 1 - mean over voxels of sum_c p_c q_c, which is 0 for p = q only if both are
     certain: it also acts as an entropy term.
 
-    Args: as :func:`squared_dice`.
+    Args: as :func:`squared_dice`, and
+        weights: (heads,) in [0, 1], how much each head counts.
 
     Reference: SS-Net (Wu et al., MICCAI 2022), released code for LA.
     """
-    overlap = (student * target).sum()
-    return 1 - (2 * overlap + smooth) / (student.sum() + target.sum() + smooth)
+    weights = weights.reshape(1, -1, *[1] * (student.ndim - 2))
+    overlap = (weights * student * target).sum()
+    return 1 - (2 * overlap + smooth) / ((weights * student).sum() + (weights * target).sum() + smooth)

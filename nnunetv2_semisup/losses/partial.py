@@ -23,7 +23,7 @@ def partial_dice_cross_entropy(
     Args:
         logits: (B, heads, X, Y, Z), carry the gradient.
         label: (B, 1, X, Y, Z) int64 class; with regions (B, heads, X, Y, Z) bool.
-        weight: w, (B, 1, X, Y, Z) float, 0 where nothing is known.
+        weight: w, (B, 1, X, Y, Z) float, 0 where nothing is known; with regions also (B, heads, X, Y, Z).
         factors: f, (heads,) float in [0, 1], how much each class counts in the Dice.
         regions: True: sigmoid heads, binary cross-entropy.
         batch_dice: sums over batch and voxels, else a Dice for each sample; as nnU-Net's plans say.
@@ -37,7 +37,7 @@ def partial_dice_cross_entropy(
         logits = logits.float()
         if regions:
             truth, p = label.float(), torch.sigmoid(logits)
-            ce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1, keepdim=True)
+            ce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
         else:
             ce = F.cross_entropy(logits, label[:, 0], reduction="none")[:, None]
             truth, p = torch.zeros_like(logits).scatter_(1, label, 1), torch.softmax(logits, 1)

@@ -126,11 +126,13 @@ def confidence_weighted_cross_entropy(
         label = target.label.clamp(min=0)
         if regions:
             ce = F.binary_cross_entropy_with_logits(logits.float(), label.float(), reduction="none")
-            ce = (ce * weights.reshape(1, -1, *[1] * (ce.ndim - 2))).mean(1)
+            weighted = (ce * weights.reshape(1, -1, *[1] * (ce.ndim - 2))).mean(1)
+            ce = ce.mean(1)
         else:
-            ce = F.cross_entropy(logits.float(), label[:, 0], reduction="none") * weights[label[:, 0]]
+            ce = F.cross_entropy(logits.float(), label[:, 0], reduction="none")
+            weighted = ce * weights[label[:, 0]]
         confident = (target.confidence.amin(1) >= threshold) & known
-        weights = confident.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
-        counted = known & (ce.detach() > 0)
-        weighted = torch.where(counted, ce * weights.reshape(-1, *[1] * (ce.ndim - 1)), 0.0)
-        return weighted.sum() / counted.sum().clamp(min=1), weights
+        omega = confident.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
+        counted = known & (ce.detach() > 0)  # before the classes' weights: a class without one leaves the mean as it is
+        total = torch.where(counted, weighted * omega.reshape(-1, *[1] * (ce.ndim - 1)), 0.0).sum()
+        return total / counted.sum().clamp(min=1), omega

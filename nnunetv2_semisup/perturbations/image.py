@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -61,8 +60,8 @@ def draw_strong_view(
     coefficients = None
     if bias_field:
         side = BIAS_FIELD_ORDER + 1
-        allowed = torch.tensor([sum(powers) <= BIAS_FIELD_ORDER for powers in product(range(side), repeat=dims)])
-        allowed = allowed.reshape((side,) * dims).to(images.device)
+        powers = torch.meshgrid(*[torch.arange(side, device=images.device)] * dims, indexing="ij")
+        allowed = torch.stack(powers).sum(0) <= BIAS_FIELD_ORDER
         coefficients = uniform(-0.5, 0.5, batch, *(side,) * dims) * allowed
     return StrongView(
         intensity=torch.rand(batch, device=images.device) < intensity_probability,

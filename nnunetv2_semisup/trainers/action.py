@@ -102,6 +102,7 @@ class ACTIONSettings(SemiSupSettings):
         **SemiSupSettings.published,
         "stage_fractions": (0.25, 0.25, 0.5),
         "lr_restart": True,
+        "global_cells": 1,
     }
 
     def __post_init__(self):

@@ -47,7 +47,7 @@ class ACTIONPlusPlusSettings(ACTIONSettings):
     voxel_queue_size: int = setting(12288, "code: earlier teacher embeddings", "voxels", within="[1, inf)")
     centroid_decay: float = setting(0.9, "code: moving average of the class means", "per step", within="[0, 1)")
 
-    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "lr_restart": True}
+    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "lr_restart": True, "global_cells": 1}
 
     def __post_init__(self):
         super().__post_init__()

@@ -23,6 +23,8 @@ from nnunetv2_semisup.settings import SemiSupSettings, setting
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 
+INTENSITY_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.5  # of a strong view; CrossMatch's
+
 
 @dataclass(frozen=True)
 class AgreeMixSettings(SemiSupSettings):
@@ -44,7 +46,7 @@ class AgreeMixSettings(SemiSupSettings):
     box_volume: tuple[float, ...] = setting(
         (0.1, 0.5), "ours: smallest and largest box", "share of the patch", within="(0, 1]"
     )
-    bias_field: bool = setting(True, "strong view; switch off for CT, which has none")
+    bias_field: bool | None = setting(None, "strong view of MRI; null: unless nnU-Net normalises the images as CT")
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,7 +59,7 @@ class Patches(NamedTuple):
 
     Attributes:
         label: (B, 1, X, Y, Z) int64 class; with regions (B, heads, X, Y, Z) bool.
-        weight: (B, 1, X, Y, Z) float in [0, 1], how much each voxel counts.
+        weight: float in [0, 1] of the label's shape, how much each voxel, with regions each head of it, counts.
     """
 
     images: Tensor
@@ -78,6 +80,7 @@ class AgreeMix(SemiSupMethod[AgreeMixSettings]):
     def __init__(self, network: nn.Module, task: TaskInfo, settings: AgreeMixSettings):
         super().__init__(network, task, settings)
         steps = settings.num_epochs * settings.num_iterations_per_epoch
+        self.bias_field = not task.is_ct if settings.bias_field is None else settings.bias_field
         self.teacher = Teacher(network, max(0.0, min(settings.max_teacher_decay, 1 - 10 / steps)))
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
@@ -97,7 +100,7 @@ class AgreeMix(SemiSupMethod[AgreeMixSettings]):
         s = self.settings
         with torch.no_grad():
             known, agreement = self._pseudo_labels(images)
-            view = draw_strong_view(images, 0.8, 0.5, s.bias_field)
+            view = draw_strong_view(images, INTENSITY_PROBABILITY, BLUR_PROBABILITY, self.bias_field)
             known = known._replace(images=apply_strong_view(images, view))
             mixed = paste(known, self._true_labels(labelled, len(images)), s.paste_probability, s.box_volume)
         output, _ = taps.decode(network, taps.encode(network, mixed.images))
@@ -118,14 +121,12 @@ class AgreeMix(SemiSupMethod[AgreeMixSettings]):
         decided = decide(p, regions)
         self.note_pseudo_labels(decided)
         if regions:
-            confidence, label = torch.maximum(p, 1 - p).amin(1, keepdim=True), decided
-            trust = (self.head_weights * agreement).amin().expand_as(confidence)
-            threshold = torch.where(decided.any(1, keepdim=True), s.threshold, s.background_threshold)
+            confidence, label = torch.maximum(p, 1 - p), decided
+            trust = (self.head_weights * agreement).reshape(1, -1, *[1] * (p.ndim - 2))
         else:
             confidence, label = p.amax(1, keepdim=True), decided[:, None]
             trust = (self.head_weights * agreement)[label]
-            threshold = torch.where(label > 0, s.threshold, s.background_threshold)
-        keep = confidence >= threshold
+        keep = confidence >= torch.where(label > 0, s.threshold, s.background_threshold)
         self.diagnostics["share_kept"] = keep.float().mean()
         for head, value in enumerate(agreement.unbind()):
             self.diagnostics[f"share_agreement_{head}"] = value
@@ -145,7 +146,7 @@ class AgreeMix(SemiSupMethod[AgreeMixSettings]):
         else:
             label = class_indices(*of_task).clamp(min=0)[:, None]
         chosen = torch.arange(count, device=label.device) % len(label)
-        known = known_voxels(*of_task)[:, None].float()
+        known = known_voxels(*of_task)[:, None].expand(label.shape).float()
         return Patches(labelled["data"][chosen], label[chosen], known[chosen])
 
 

@@ -83,7 +83,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self._weights = checkpoints.NetworkWeights()
         self._stage = 1  # the last one that the method entered
         self._labelled_volumes: list[float] = []  # -> get_tr_and_val_datasets
-        names = class_names(dataset_json["labels"], self.label_manager.has_regions)
+        manager = self.label_manager
+        foreground = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        names = class_names(dataset_json["labels"], foreground)
         s = self.settings
         self._start = Start(names, not self.label_manager.has_regions, s.start_dice, s.start_latest, s.ramp_share)
 
@@ -121,6 +123,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             patch_size=tuple(self.configuration_manager.patch_size),
             mirror_axes=tuple(self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] or ()),
             spacing_mm=tuple(self.configuration_manager.spacing),
+            is_ct="CTNormalization" in self.configuration_manager.normalization_schemes,
         )
         if reason := self.method_class.unsupported(task, self.settings):
             raise NotImplementedError(f"{self.base_name()}: {reason}")
@@ -206,7 +209,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     def get_tr_and_val_datasets(self):
         train, val = super().get_tr_and_val_datasets()
-        if self.settings.guards and not self.is_supervised:
+        if self.settings.guards and not self.is_supervised and self.label_manager.ignore_label is None:
             patch_size = self.configuration_manager.patch_size
             self._labelled_volumes = labelled_volumes(train, self.label_manager, patch_size)
         return train, val
@@ -297,7 +300,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             values,
             self.method.diagnostics,
             self.bare_network.parameters(),
-            self.method_parameters(),
+            self.method_parameters() if self._start.started else [],
             self.optimizer,
             self.grad_scaler,
             self._stop.wanted,
@@ -394,7 +397,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if self._start.started and not was_started:
             self._prepare_terms()
             self.method.reset(self.bare_network)
-        elif self.settings.guards:
+        else:
             self._weigh_heads()
         for message in messages:
             self.print_to_log_file(message)
@@ -403,11 +406,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         """Before the first step with the method's terms. Until then the step is nnU-Net's, the weights' layout too."""
         if self.device.type == "cpu" and not self.is_supervised:
             taps.use_channels_last(self.bare_network, self.method)
-        if self.settings.guards:
-            self._weigh_heads()
+        self._weigh_heads()
 
     def _weigh_heads(self) -> None:
-        self.method.head_weights.copy_(torch.tensor(self._start.head_weights()))
+        self.method.head_weights.copy_(torch.tensor(self._start.head_weights(*self._steps)))
 
     def _before_best_checkpoint(self) -> None:
         """Let nnU-Net's moving average of the Dice, which decides on the best checkpoint, start with the labels."""
@@ -472,11 +474,11 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         try:
             super().load_checkpoint(filename_or_checkpoint)
             self.method.load_state_dict(ours["method"])
-            self._stage = ours["stage"]
             if "start" in ours:
-                self._start.load(ours["start"])
+                self._start.load(ours["start"], self._steps[0])
             else:  # version 0.1.0
-                self._start.start_at_once()
+                self._start.start_at(0)
+            self._stage = min(ours["stage"], self.method.stage(self.progress))  # an interrupted epoch is repeated
         except (RuntimeError, ValueError) as error:
             if not changed:
                 raise
@@ -487,7 +489,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self.bare_network.load_state_dict(ours["training_weights"])
         if self._start.started and not was_started:
             self._prepare_terms()
-        elif self.settings.guards:
+        else:
             self._weigh_heads()
         self.training_log.rows = list(ours["log"])
         # A run that was stopped within an epoch repeats it: drop what nnU-Net's log has of it.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ class CrossMatchSettings(SemiSupSettings):
     mix_source: Literal["loader", "batch_roll"] = setting("loader", "code; batch_roll: the next patch, much cheaper")
     dice_include_background: bool = setting(True, "ACDC code; LA code: false")
     dice_smooth: float = setting(1e-5, "LA code; ACDC code: 1e-4", within="(0, inf)")
+
+    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "w_s1": 1.0, "w_s2": 1.0, "w_kd": 2.0}
 
     def __post_init__(self):
         super().__post_init__()

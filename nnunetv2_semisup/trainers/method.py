@@ -30,6 +30,7 @@ class TaskInfo:
         patch_size: voxels per axis, 2 or 3 entries.
         mirror_axes: axes along which nnU-Net mirrors patches in training; empty where it does not.
         spacing_mm: voxel size per axis of the patch.
+        is_ct: nnU-Net normalises a channel as CT.
     """
 
     supervised_loss: SupervisedLoss
@@ -39,6 +40,7 @@ class TaskInfo:
     patch_size: tuple[int, ...]
     mirror_axes: tuple[int, ...]
     spacing_mm: tuple[float, ...]
+    is_ct: bool
 
 
 class SemiSupMethod(nn.Module, Generic[Settings]):

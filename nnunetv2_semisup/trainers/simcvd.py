@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_semisup.data.sdm import SignedDistanceMaps
-from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.losses.consistency import agreement, decide, mean_squared_difference, probabilities
 from nnunetv2_semisup.losses.contrastive import share_matched, symmetric_info_nce
 from nnunetv2_semisup.losses.pair_distillation import pair_distillation, voxel_vectors
@@ -110,6 +109,12 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
         )
         self.teacher_heads = MovingAverage(self.heads, s.teacher_decay)
 
+    def unfit_batch(self, labelled: int, unlabelled: int) -> str | None:
+        slices = unlabelled if len(self.task.patch_size) == 2 else self.task.patch_size[self.settings.slice_axis]
+        if slices * unlabelled >= 2 or not self.settings.lam:
+            return None
+        return "the contrast of one slice is constant: raise unlabeled_batch_size to 2 per GPU, or set lam to 0"
+
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         s = self.settings
         if not (s.alpha or s.lam or s.beta or s.gamma):
@@ -186,16 +191,12 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
         if s.sdm_fusion == "union":
             student_sdm, teacher_sdm = student_sdm.amin(1, keepdim=True), teacher_sdm.amin(1, keepdim=True)
         elif self.classes > s.max_classes:
-            drawn = torch.randperm(self.classes)[: s.max_classes].to(images.device)
+            drawn = torch.randperm(self.classes, device=images.device)[: s.max_classes]
             student_sdm, teacher_sdm = student_sdm[:, drawn], teacher_sdm[:, drawn]
         image = images.mean(1, keepdim=True)
         student, teacher = self._slices(image + student_sdm), self._slices(image + teacher_sdm)
-        if student.shape[1] < 2:
-            raise InputError(
-                "the contrast of one slice is constant: unlabeled_batch_size must be 2 or more here, or lam 0"
-            )
         if s.num_slices is not None and s.num_slices < student.shape[1]:
-            drawn = torch.randperm(student.shape[1])[: s.num_slices].to(images.device)
+            drawn = torch.randperm(student.shape[1], device=images.device)[: s.num_slices]
             student, teacher = student[:, drawn], teacher[:, drawn]
         student = self.heads["projection"](student)
         with torch.no_grad():

@@ -79,7 +79,14 @@ class SSNetSettings(SemiSupSettings):
     )
     seg_ce_weight: float = setting(1.0, "nnU-Net; paper and code: 0, Dice alone", within="[0, inf)")
 
-    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "ramp_fraction": 0.4, "seg_ce_weight": 0.0}
+    published: ClassVar[dict[str, Any]] = {  # the released code for LA
+        **SemiSupSettings.published,
+        "ramp_fraction": 0.4,
+        "lds_dice": "joint_linear",
+        "lds_smooth": 1e-8,
+        "proto_select": "lowest",
+        "seg_ce_weight": 0.0,
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -222,7 +229,7 @@ class SSNet(SemiSupMethod[SSNetSettings]):
                 scores = self._scores(self.prototype_selectors, unit, filled)
                 prototype_weights = torch.sigmoid(scores) * filled
             distances = cosine_distance_to_prototypes(queries, weights, prototypes, prototype_weights)
-            return (self.head_weights[list(self.classes)] * distances).sum() / self.task.num_heads
+            return (self.head_weights[self.classes.start :] * distances).sum() / self.task.num_heads
 
     def _scores(self, selectors: nn.ModuleList, rows: Tensor, valid: Tensor) -> Tensor:
         """(K, S): each class's selector on its rows (K, S, F), normalised over the valid ones (K, S)."""
@@ -242,7 +249,7 @@ class SSNet(SemiSupMethod[SSNetSettings]):
         """The chosen Dice against probabilities; with guards without classes that the target decides for nowhere."""
         s, regions = self.settings, self.task.has_regions
         if s.lds_dice == "joint_linear":
-            return joint_linear_dice(student, target, s.lds_smooth)
+            return joint_linear_dice(student, target, s.lds_smooth, self.head_weights)
         present = None
         if s.guards:
             decided = decide(target, regions)

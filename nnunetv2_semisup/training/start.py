@@ -7,13 +7,16 @@ pseudo-labels counts less.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from nnunetv2_semisup.schedules import sigmoid_ramp_up
 
 VANISHING = 0.5  # share of the labelled cases' volume below which a class counts less
+STATE = ("step", "told", "passed_at", "measured", "volumes", "scales")
 
 
 @dataclass
@@ -27,8 +30,11 @@ class Start:
         latest: share of all steps after which they begin for the classes that have passed, if any.
         ramp_share: share of the steps after the start over which the weights ramp up; 0: none.
         step: optimiser steps before the first one with the method's terms; None before the start.
-        passed: per class, whether its Dice has passed.
+        passed_at: per class, the steps after which it had passed; None before.
+        measured: per class, whether it ever had an online Dice.
+        volumes: per class, moving average of its share of the pseudo-labels; None before the first.
         scales: per class in [0, 1], 1 unless it vanishes.
+        told: what the user has been told.
     """
 
     names: Sequence[str]
@@ -38,18 +44,21 @@ class Start:
     ramp_share: float
     step: int | None = None
     told: list[str] = field(default_factory=list)
-    passed: list[bool] = field(init=False)
+    passed_at: list[int | None] = field(init=False)
+    measured: list[bool] = field(init=False)
+    volumes: list[float] | None = field(init=False, default=None)
     scales: list[float] = field(init=False)
 
     def __post_init__(self):
-        self.passed = [False] * len(self.names)
+        self.passed_at = [None] * len(self.names)
+        self.measured = [False] * len(self.names)
         self.scales = [1.0] * len(self.names)
         if self.threshold <= 0:
-            self.start_at_once()
+            self.start_at(0)
 
-    def start_at_once(self) -> None:
-        """Without a burn-in: all classes are on from the first step."""
-        self.step, self.passed = 0, [True] * len(self.names)
+    def start_at(self, steps: int) -> None:
+        """Begin after ``steps`` steps with every class."""
+        self.step, self.passed_at = steps, [steps] * len(self.names)
 
     @property
     def started(self) -> bool:
@@ -66,38 +75,46 @@ class Start:
         Returns:
             What to tell the user.
         """
-        if all(self.passed):
+        if None not in self.passed_at or steps >= total:
             return []
-        before = list(self.passed)
-        self.passed = [old or value >= self.threshold for old, value in zip(self.passed, dice, strict=True)]
-        late = steps >= self.latest * total
-        messages = []
-        if self.step is None and steps < total and (all(self.passed) or (late and any(self.passed))):
+        messages, late = [], steps >= self.latest * total
+        for i, (name, value) in enumerate(zip(self.names, dice, strict=True)):
+            self.measured[i] = self.measured[i] or not math.isnan(value)
+            if self.passed_at[i] is None and value >= self.threshold:
+                self.passed_at[i] = steps
+                if self.started:
+                    messages.append(f"The method's terms of {name} start after {steps} of {total} steps.")
+            elif self.passed_at[i] is None and late and not self.measured[i]:
+                self.passed_at[i] = steps
+                text = f"WARNING: {name} had no online Dice so far, as no validation patch has it: it counts untested."
+                messages += self._once(f"unmeasured {name}", text)
+        missing = [name for name, at in zip(self.names, self.passed_at, strict=True) if at is None]
+        if self.step is None and (not missing or (late and len(missing) < len(self.names))):
             self.step = steps
             messages.append(f"The method's terms start after {steps} of {total} steps.")
-        elif self.started and (new := self._those([a and not b for a, b in zip(self.passed, before, strict=True)])):
-            messages.append(f"The method's terms of {new} start after {steps} of {total} steps.")
-        missing = self._those([not p for p in self.passed])
-        if late and missing:
+        if late:
             what = "its own terms stay off until then" if self.started else "the method's terms stay off until then"
-            text = f"WARNING: the online Dice of {missing} has not reached {self.threshold:g}: {what}."
-            messages += self._once(f"late {missing} {self.started}", text)
+            for name in missing:
+                text = f"WARNING: the online Dice of {name} has not reached {self.threshold:g}: {what}."
+                messages += self._once(f"late {name}", text)
         return messages
 
     def note_volumes(self, predicted: Sequence[float], labelled: Sequence[float]) -> list[str]:
         """Let a class whose predicted volume is below half of the labelled ones' count less, in proportion.
 
         Args:
-            predicted: share of the voxels of unlabelled patches that the pseudo-labels give to each class.
-            labelled: the same in the labelled cases.
+            predicted: share of the voxels of unlabelled patches that the pseudo-labels gave to each class in an epoch.
+            labelled: what is to be expected of the labelled cases.
 
         Returns:
             What to tell the user, once a class.
         """
+        before = predicted if self.volumes is None else self.volumes
+        self.volumes = [(old + new) / 2 for old, new in zip(before, predicted, strict=True)]
         messages = []
-        for i, (name, mine, theirs) in enumerate(zip(self.names, predicted, labelled, strict=True)):
+        for i, (name, mine, theirs) in enumerate(zip(self.names, self.volumes, labelled, strict=True)):
             self.scales[i] = min(1.0, mine / (VANISHING * theirs)) if theirs > 0 else 1.0
-            if self.scales[i] < 1 and self.passed[i]:
+            if self.scales[i] < 1 and self.passed_at[i] is not None:
                 text = (
                     f"WARNING: {name} vanishes from the pseudo-labels: {100 * mine:.2g} % of the voxels, "
                     f"{100 * theirs:.2g} % in the labelled cases. Its terms count less until it comes back."
@@ -107,28 +124,38 @@ class Start:
 
     def ramp(self, steps: int, total: int) -> float:
         """Factor of the method's weights in [0, 1]."""
-        return sigmoid_ramp_up(self.progress(steps, total), self.ramp_share) if self.started else 0.0
+        return self._ramp_from(self.step, steps, total)
 
     def progress(self, steps: int, total: int) -> float:
         """Share of the steps since the start that are done, in [0, 1); 0 before it."""
         return (steps - self.step) / (total - self.step) if self.step is not None else 0.0
 
-    def head_weights(self) -> list[float]:
-        """How much each head counts: 0 before its class has passed; the background as little as any class."""
-        classes = [scale if passed else 0.0 for passed, scale in zip(self.passed, self.scales, strict=True)]
+    def head_weights(self, steps: int, total: int) -> list[float]:
+        """How much each head counts: 0 before its class has passed; the background as little as any class.
+
+        A class that passes after the start has a ramp of its own, so that it is no jump.
+        """
+        classes = [
+            scale * (1.0 if at is not None and at <= (self.step or 0) else self._ramp_from(at, steps, total))
+            for at, scale in zip(self.passed_at, self.scales, strict=True)
+        ]
         return [min(classes), *classes] if self.has_background else classes
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {key: value for key, value in asdict(self).items() if key in ("step", "passed", "scales", "told")}
+        return {key: copy.copy(getattr(self, key)) for key in STATE}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`."""
-        self.step, self.told = state["step"], list(state["told"])
-        self.passed, self.scales = list(state["passed"]), list(state["scales"])
+    def load(self, state: dict[str, Any], steps: int) -> None:
+        """Go on from :meth:`state` after ``steps`` steps; what had not started starts now if there is no threshold."""
+        for key in STATE:
+            setattr(self, key, copy.copy(state[key]))
+        if self.threshold <= 0 and not self.started:
+            self.start_at(steps)
 
-    def _those(self, chosen: Sequence[bool]) -> str:
-        return ", ".join(name for name, wanted in zip(self.names, chosen, strict=True) if wanted)
+    def _ramp_from(self, start: int | None, steps: int, total: int) -> float:
+        if start is None:
+            return 0.0
+        return sigmoid_ramp_up((steps - start) / max(1, total - start), self.ramp_share)
 
     def _once(self, key: str, text: str) -> list[str]:
         if key in self.told:

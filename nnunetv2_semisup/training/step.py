@@ -114,9 +114,8 @@ def finish_step(
     ).tolist()
     named = dict(zip(scalars, numbers, strict=True))
     overflow = bool(not_finite) or not math.isfinite(named["gradient_norm"])
+    if not overflow:
+        optimizer.step() if scaler is None else scaler.step(optimizer)
     if scaler is not None:
-        scaler.step(optimizer)  # skips the step itself when a gradient overflowed
         scaler.update()
-    elif not overflow:
-        optimizer.step()
     return StepResult(named, weights, overflow, bool(stop))

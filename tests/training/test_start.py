@@ -18,10 +18,10 @@ def start(threshold=0.5, latest=0.3, ramp_share=0.2, names=("a", "b"), backgroun
 def test_starts_after_the_epoch_in_which_the_last_class_has_passed():
     s = start()
     assert s.after_epoch([0.6, 0.2], 100, TOTAL) == [] and not s.started
-    assert s.ramp(100, TOTAL) == 0 and s.head_weights() == [0, 1, 0]
+    assert s.ramp(100, TOTAL) == 0
     (told,) = s.after_epoch([0.1, 0.5], 200, TOTAL)  # a class that has passed once has passed
     assert s.step == 200 and "after 200 of 1000 steps" in told
-    assert s.head_weights() == [1, 1, 1]
+    assert s.head_weights(TOTAL, TOTAL) == [1, 1, 1]
     assert s.after_epoch([0.0, 0.0], 300, TOTAL) == [] and s.step == 200
 
 
@@ -36,24 +36,44 @@ def test_ramp_and_progress_count_from_the_start():
 def test_without_a_threshold_everything_is_on_from_the_first_step():
     s = start(threshold=0, ramp_share=0)
     assert s.started and s.step == 0 and s.ramp(0, TOTAL) == 1 and s.progress(0, TOTAL) == 0
-    assert s.head_weights() == [1, 1, 1]
+    assert s.head_weights(TOTAL, TOTAL) == [1, 1, 1]
 
 
-def test_a_class_that_is_late_stays_off_and_is_named_once():
+def test_a_class_that_is_late_stays_off_is_named_once_and_comes_with_a_ramp():
     s = start()
-    assert s.after_epoch([0.9, math.nan], 200, TOTAL) == []
-    begins, late = s.after_epoch([0.9, math.nan], 300, TOTAL)
+    assert s.after_epoch([0.9, 0.2], 200, TOTAL) == []
+    begins, late = s.after_epoch([0.9, 0.2], 300, TOTAL)
     assert "start after 300" in begins and "WARNING: the online Dice of b has not reached 0.5: its own terms" in late
-    assert s.head_weights() == [0, 1, 0], "the background may be b"
+    assert s.head_weights(300, TOTAL) == [0, 1, 0], "the background may be b"
     assert s.after_epoch([0.9, 0.1], 400, TOTAL) == []
     (comes,) = s.after_epoch([0.9, 0.7], 500, TOTAL)
-    assert "terms of b start after 500" in comes and s.step == 300 and s.head_weights() == [1, 1, 1]
+    assert "terms of b start after 500" in comes and s.step == 300
+    assert s.head_weights(500, TOTAL) == pytest.approx([math.exp(-5), 1, math.exp(-5)])
+    assert s.head_weights(600, TOTAL) == [1, 1, 1], "a fifth of what was left"
+
+
+def test_each_late_class_is_named_once():
+    s = start(names="abc")
+    told = [text for i in range(6) for text in s.after_epoch([0.9 if i > k else 0.1 for k in range(3)], 300 + i, TOTAL)]
+    assert sorted(text.split()[5] for text in told if "WARNING" in text) == ["a", "b", "c"]
+
+
+def test_a_class_that_no_validation_patch_has_does_not_hold_back_the_others():
+    s = start()
+    assert s.after_epoch([0.9, math.nan], 200, TOTAL) == [] and not s.started
+    untested, begins = s.after_epoch([0.9, math.nan], 300, TOTAL)
+    assert "b had no online Dice" in untested and "start after 300" in begins
+    assert s.head_weights(300, TOTAL) == [1, 1, 1]
+    seen = start()
+    seen.after_epoch([0.9, 0.1], 200, TOTAL)
+    seen.after_epoch([0.9, math.nan], 300, TOTAL)
+    assert seen.head_weights(300, TOTAL) == [0, 1, 0], "b was measured, and not known"
 
 
 def test_when_no_class_has_passed_nothing_starts():
     s = start()
-    (told,) = s.after_epoch([0.1, 0.2], 500, TOTAL)
-    assert "a, b" in told and "the method's terms stay off" in told and not s.started
+    for name, told in zip("ab", s.after_epoch([0.1, 0.2], 500, TOTAL), strict=True):
+        assert f"Dice of {name} has" in told and "the method's terms stay off" in told and not s.started
     assert s.after_epoch([0.1, 0.2], 700, TOTAL) == []
     s.after_epoch([0.9, 0.9], 1000, TOTAL)
     assert not s.started, "there is no step left"
@@ -61,19 +81,19 @@ def test_when_no_class_has_passed_nothing_starts():
 
 def test_a_vanishing_class_counts_less_and_is_named_once():
     s = start(threshold=0)
-    assert s.note_volumes([0.06, 0.05], [0.1, 0.1]) == [] and s.head_weights() == [1, 1, 1]
-    (told,) = s.note_volumes([0.06, 0.01], [0.1, 0.1])
-    assert "b vanishes from the pseudo-labels: 1 % of the voxels, 10 %" in told
-    assert s.head_weights() == pytest.approx([0.2, 1, 0.2])
-    assert s.note_volumes([0.06, 0.0], [0.1, 0.1]) == [] and s.head_weights() == [0, 1, 0]
-    assert s.note_volumes([0.06, 0.2], [0.1, 0.1]) == [] and s.head_weights() == [1, 1, 1]
+    assert s.note_volumes([0.06, 0.05], [0.1, 0.1]) == [] and s.head_weights(0, TOTAL) == [1, 1, 1]
+    (told,) = s.note_volumes([0.06, 0.01], [0.1, 0.1])  # the average of both epochs: 3 %
+    assert "b vanishes from the pseudo-labels: 3 % of the voxels, 10 %" in told
+    assert s.head_weights(0, TOTAL) == pytest.approx([0.6, 1, 0.6])
+    assert s.note_volumes([0.06, 0.0], [0.1, 0.1]) == [] and s.head_weights(0, TOTAL) == pytest.approx([0.3, 1, 0.3])
+    assert s.note_volumes([0.06, 0.2], [0.1, 0.1]) == [] and s.head_weights(0, TOTAL) == [1, 1, 1]
     assert s.note_volumes([0.0, 0.2], [0.0, 0.1]) == []  # nothing labelled: nothing to compare with
 
 
 def test_regions_have_no_background():
     s = start(background=False)
     s.after_epoch([0.9, 0.1], 300, TOTAL)
-    assert s.head_weights() == [1, 0]
+    assert s.head_weights(300, TOTAL) == [1, 0]
 
 
 def test_state_goes_on():
@@ -81,8 +101,15 @@ def test_state_goes_on():
     s.after_epoch([0.9, 0.1], 300, TOTAL)
     s.note_volumes([0.01, 0.1], [0.1, 0.1])
     other = start()
-    other.load(s.state())
+    other.load(s.state(), 300)
     assert other == s and other.after_epoch([0.9, 0.1], 400, TOTAL) == []
+
+
+def test_a_run_that_had_not_started_starts_where_the_threshold_is_gone():
+    s, other = start(), start(threshold=0)
+    s.after_epoch([0.1, 0.1], 100, TOTAL)
+    other.load(s.state(), 100)
+    assert other.step == 100 and other.head_weights(100, TOTAL) == [1, 1, 1]
 
 
 @given(
@@ -99,7 +126,7 @@ def test_start_happens_once_and_weights_stay_in_range(dices, threshold, latest, 
         s.after_epoch(dice, 50 * i, total)
         seen.add(s.step)
         assert 0 <= s.ramp(50 * i, total) <= 1 and 0 <= s.progress(50 * i, total) <= 1
-        weights = s.head_weights()
+        weights = s.head_weights(50 * i, total)
         assert weights[0] == min(weights[1:]) and all(0 <= w <= 1 for w in weights)
         assert s.ramp(50 * i, total) == 0 or s.started
     assert len(seen - {None}) <= 1
