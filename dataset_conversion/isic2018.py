@@ -33,7 +33,8 @@ from dataset_conversion import common
 from dataset_conversion.common import Case, Recipe
 from dataset_conversion.lists import choose_labelled, choose_test
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, VALIDATION, check_label
-from nnunetv2_semisup.datasets.images import last_line, packed, read_image, walk
+from nnunetv2_semisup.data.reading import damaged, read_errors
+from nnunetv2_semisup.datasets.images import packed, read_image, walk
 from nnunetv2_semisup.errors import InputError
 
 NAME = "ISIC2018"
@@ -82,10 +83,8 @@ def find_files(source: Path) -> tuple[dict[str, dict[str, Path]], dict[str, Path
 def read_case(case: Case) -> tuple[sitk.Image, sitk.Image | None, str]:
     """Read a case; see ``common.Recipe``."""
     path = case.files[0]
-    try:
+    with read_errors(damaged(path)):
         pixels = io.imread(path)  # nnU-Net's reader of photographs
-    except (OSError, RuntimeError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: damaged or incomplete ({last_line(error)}); copy or download it again") from error
     if pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise InputError(f"{path}: no colour photograph; copy or download it again")
     photograph = sitk.GetImageFromArray(pixels, isVector=True)
