@@ -43,13 +43,14 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe
+from dataset_conversion.common import Case, Recipe
 from dataset_conversion.h5 import array_to_image, check_spacing, read_h5_arrays, require_h5py
 from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, VALIDATION, check_image, check_label
-from nnunetv2_semisup.datasets.images import check_source, packed, read_image, require_same_geometry, walk
+from nnunetv2_semisup.datasets.images import packed, read_image, require_same_geometry, walk
 from nnunetv2_semisup.errors import InputError
 
+NAME = "ACDC"
 LABELS = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}
 ASSUMED_SPACING = (1.5625, 1.5625, 10.0)  # mm; of the h5 form, see above
 FRAMES = {"ED": "01", "ES": "02"}  # frame numbers in the h5 form
@@ -225,38 +226,22 @@ def patients_csv(roles: dict[str, str], infos: dict[str, dict[str, str]]) -> str
     return table.getvalue()
 
 
-def convert(
+def make_recipe(
     source: Path,
-    dataset_id: int,
     labelled_choice: str,
+    subset: int,
     spacing: Sequence[float] | None = None,
     allow_missing_test: bool = False,
-    name: str = "ACDC",
-    options: Options | None = None,
-) -> str:
-    """Convert the data set; see the module's text for what is read and written.
+) -> Recipe:
+    """What is read and written; see the module's text, and ``common.convert_source`` for the other arguments.
 
     Args:
-        source: folder with the patients below it.
-        dataset_id: 1 to 999.
-        labelled_choice: number of patients or a file naming them, see ``choose_labelled``.
         spacing: for the h5 form: one or three numbers (x, y, z) in mm.
         allow_missing_test: convert the validation and test patients that are there.
-        name: the dataset is called ``DatasetXXX_name``.
-        options: processes, dry run, previews.
-
-    Returns:
-        a report for people.
-
-    Raises:
-        InputError: something given is wrong; no dataset has appeared.
     """
-    options = options or Options()
-    common.new_dataset_path(dataset_id, name)
-    source = check_source(source)
     form, files = find_files(source)
     written_spacing = check_spacing(spacing, form, ASSUMED_SPACING, "NIfTI")
-    roles, told = choose_patients(labelled_choice, options.subset)
+    roles, told = choose_patients(labelled_choice, subset)
     cases, infos, missing = make_cases(source, form, files, roles, allow_missing_test)
     patients = {role: sum(roles[patient] == role for patient in infos) for role in set(roles.values())}
     notes = {role: f", {number} patients" for role, number in patients.items()}
@@ -268,7 +253,7 @@ def convert(
     else:
         spacing_note = f"{'given by the user' if spacing is not None else 'assumed'}: the h5 files carry none"
     same = "+".join(SAME_SCAN)
-    recipe = Recipe(
+    return Recipe(
         cases=cases,
         read=partial(read_case, form=form, spacing=written_spacing),
         channels=["cine-MRI"],
@@ -281,28 +266,19 @@ def convert(
         groups={f"{p}_{frame}": same if p in SAME_SCAN else p for p in infos for frame in FRAMES},
         extra_files={"patients.csv": patients_csv(roles, infos)},
     )
-    return common.convert(recipe, source, dataset_id, name, options)
+
+
+convert = partial(common.convert_source, make_recipe, NAME)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
     labelled_help = "the first N training patients, or a file with one patient per line"
-    parser = common.make_parser(__doc__, "ACDC", labelled_help, "folder of the challenge's data, or of the h5 files")
+    parser = common.make_parser(__doc__, NAME, labelled_help, "folder of the challenge's data, or of the h5 files")
     add = parser.add_argument
     add("--spacing", type=float, nargs="+", metavar="MM", help="h5 form: x y z or one number, in mm")
     add("--allow_missing_test", action="store_true", help="go on when validation or test patients are missing")
-    given = parser.parse_args(arguments)
-    return common.run_command(
-        lambda: convert(
-            given.source,
-            given.d,
-            given.labeled,
-            given.spacing,
-            given.allow_missing_test,
-            given.name,
-            common.options_of(given),
-        )
-    )
+    return common.run_command(parser, convert, arguments)
 
 
 if __name__ == "__main__":

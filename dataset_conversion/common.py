@@ -1,7 +1,8 @@
 """What the converters share: one engine that reads, checks, writes and reports.
 
-A converter says which cases there are and how one is read (a ``Recipe``); ``convert`` does the rest: several processes,
-nothing half-written, going on after an interruption, dry run, previews, report.
+A converter says which cases there are and how one is read (a ``Recipe``), and which options are its own; the rest is
+done here: several processes, nothing half-written, going on after an interruption, dry run, previews, report, command
+line.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from dataset_conversion.lists import require_present
 from nnunetv2_semisup.data.checks import (
     IMAGES_OF,
     LABELLED,
     LABELS_OF,
+    UNLABELLED,
     Facts,
     check_image,
     check_label,
@@ -33,7 +36,7 @@ from nnunetv2_semisup.data.checks import (
 )
 from nnunetv2_semisup.data.folders import PATIENTS
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.datasets.images import check_inside, read_image, write_image
+from nnunetv2_semisup.datasets.images import check_inside, check_source, read_image, write_image
 from nnunetv2_semisup.datasets.raw import SUBFOLDERS, new_dataset_path, publish, reserved_id, write_splits
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import write_json
@@ -104,6 +107,31 @@ class Recipe:
     separate_channels: bool = False
 
 
+def cases_of(
+    source: Path,
+    roles: Mapping[str, str],
+    images: Mapping[str, Path],
+    labels: Mapping[str, Path],
+    lack: str,
+    remedy: str = "complete the folder",
+) -> list[Case]:
+    """Cases of one image file and one label file each, having checked that no label that will be read is missing.
+
+    Args:
+        source: for the error.
+        roles: case -> role.
+        images: case -> file.
+        labels: likewise.
+        lack: what is wrong with cases without label.
+        remedy: against it.
+    """
+    missing = sorted(case for case, role in roles.items() if role != UNLABELLED and case not in labels)
+    require_present(source, missing, len(roles), lack, remedy)
+    return [
+        Case(case, role, (images[case],), None if role == UNLABELLED else labels[case]) for case, role in roles.items()
+    ]
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user decides for any data set.
@@ -134,8 +162,45 @@ class Job:
     preview: bool
 
 
+def convert_source(
+    make_recipe: Callable[..., Recipe],
+    default_name: str | None,
+    source: Path,
+    dataset_id: int,
+    labelled_choice: str,
+    *special,
+    name: str | None = None,
+    options: Options | None = None,
+    **more_special,
+) -> str:
+    """Convert a data set; a converter fills in the first two arguments.
+
+    Args:
+        make_recipe: of the resolved source, ``labelled_choice``, the subset, and what is special about the data set.
+        default_name: None: the name in the recipe's description.
+        source: folder below which the data lies.
+        dataset_id: 1 to 999.
+        labelled_choice: a number, a list file, or what else ``make_recipe`` takes; see ``lists.choose_labelled``.
+        special: for ``make_recipe``, with ``more_special``.
+        name: the dataset is called ``DatasetXXX_name``; None: ``default_name``.
+        options: see there.
+
+    Returns:
+        a report for people.
+
+    Raises:
+        InputError: something given is wrong. No dataset has appeared then.
+    """
+    options, name = options or Options(), default_name if name is None else name
+    if name is not None:
+        new_dataset_path(dataset_id, name)  # before the source is looked through
+    source = check_source(source)
+    recipe = make_recipe(source, labelled_choice, options.subset, *special, **more_special)
+    return convert(recipe, source, dataset_id, name or recipe.description["name"], options)
+
+
 def convert(recipe: Recipe, source: Path, dataset_id: int, name: str, options: Options) -> str:
-    """Convert a data set.
+    """Convert what a recipe describes.
 
     Args:
         recipe: the data set.
@@ -364,34 +429,37 @@ def write_dataset_json(
 
 
 def make_parser(description: str, name: str | None, labelled_help: str, source_help: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that all converters have; without a name, the source decides it."""
+    """A parser with the arguments that all converters have; without a name, the source decides it.
+
+    What a converter adds must be stored under the name of the argument of its ``make_recipe``.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("--source", type=Path, required=True, help=source_help)
-    add("-d", type=int, required=True, metavar="ID", help="dataset ID, 1 to 999, not in use yet")
-    add("--labeled", required=True, metavar="N|FILE", help=labelled_help)
+    add("-d", dest="dataset_id", type=int, required=True, metavar="ID", help="dataset ID, 1 to 999, not in use yet")
+    add("--labeled", dest="labelled_choice", required=True, metavar="N|FILE", help=labelled_help)
     subset_help = "the K-th N of them (default: 0, the first): no case is labelled in two subsets"
     add("--subset", type=int, default=0, metavar="K", help=subset_help)
     add("--name", default=name, help=f"DatasetXXX_NAME (default: {name or 'as the source is called'})")
     processes = min(4, os.cpu_count() or 1)
-    add("-np", type=int, default=processes, metavar="N", help="processes (default here: %(default)s)")
+    add("-np", dest="processes", type=int, default=processes, metavar="N", help="processes (default here: %(default)s)")
     add("--previews", type=int, default=8, metavar="N", help="cases with a picture in previews/ (default: %(default)s)")
     add("--dry-run", "--dry_run", action="store_true", help="read and check everything, write nothing")
     return parser
 
 
-def options_of(given: argparse.Namespace) -> Options:
-    if given.previews < 0:
-        raise InputError(f"--previews {given.previews}: give 0 or more")
-    return Options(given.np, given.dry_run, given.previews, given.subset)
-
-
-def run_command(function: Callable[[], str]) -> int:
-    """Print what ``function`` returns; the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
+def run_command(
+    parser: argparse.ArgumentParser, convert_data_set: Callable[..., str], arguments: Sequence[str] | None
+) -> int:
+    """Convert as the arguments say and print the report; the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
+    given = vars(parser.parse_args(arguments))
+    options = Options(**{option.name: given.pop(option.name) for option in fields(Options)})
     try:
-        print(function())
+        if options.previews < 0:
+            raise InputError(f"--previews {options.previews}: give 0 or more")
+        print(convert_data_set(**given, options=options))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

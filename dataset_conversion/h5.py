@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_semisup.datasets.images import last_line
+from nnunetv2_semisup.data.reading import damaged, read_errors
 from nnunetv2_semisup.errors import InputError
 
 
@@ -23,14 +23,11 @@ def read_h5_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
     """Read the named datasets of an HDF5 file, and no others."""
     import h5py  # an extra: whoever converts other forms does not need it
 
-    try:
-        with h5py.File(path) as file:
-            for name in names:
-                if not isinstance(file.get(name), h5py.Dataset):
-                    raise InputError(f"{path}: no dataset {name!r} inside; it must have 'image' and 'label'")
-            return [np.asarray(file[name][()]) for name in names]
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged or incomplete ({last_line(error)}); copy or download it again") from error
+    with read_errors(damaged(path)), h5py.File(path) as file:
+        for name in names:
+            if not isinstance(file.get(name), h5py.Dataset):
+                raise InputError(f"{path}: no dataset {name!r} inside; it must have 'image' and 'label'")
+        return [np.asarray(file[name][()]) for name in names]
 
 
 def array_to_image(array: np.ndarray, spacing: Sequence[float]) -> sitk.Image:

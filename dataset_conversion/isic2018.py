@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -29,12 +30,14 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe
-from dataset_conversion.lists import choose_labelled, choose_test, require_present
+from dataset_conversion.common import Case, Recipe
+from dataset_conversion.lists import choose_labelled, choose_test
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, VALIDATION, check_label
-from nnunetv2_semisup.datasets.images import check_source, last_line, packed, read_image, walk
+from nnunetv2_semisup.data.reading import damaged, read_errors
+from nnunetv2_semisup.datasets.images import packed, read_image, walk
 from nnunetv2_semisup.errors import InputError
 
+NAME = "ISIC2018"
 LABELS = {"background": 0, "lesion": 1}
 PUBLISHED = {"training": 2594, "validation": 100, "test": 1000}
 PHOTOGRAPH, MASK = re.compile(r"(ISIC_\d{7})\.jpe?g", re.IGNORECASE), re.compile(r"(ISIC_\d{7})_segmentation\.png")
@@ -80,10 +83,8 @@ def find_files(source: Path) -> tuple[dict[str, dict[str, Path]], dict[str, Path
 def read_case(case: Case) -> tuple[sitk.Image, sitk.Image | None, str]:
     """Read a case; see ``common.Recipe``."""
     path = case.files[0]
-    try:
+    with read_errors(damaged(path)):
         pixels = io.imread(path)  # nnU-Net's reader of photographs
-    except (OSError, RuntimeError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: damaged or incomplete ({last_line(error)}); copy or download it again") from error
     if pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise InputError(f"{path}: no colour photograph; copy or download it again")
     photograph = sitk.GetImageFromArray(pixels, isVector=True)
@@ -96,47 +97,27 @@ def read_case(case: Case) -> tuple[sitk.Image, sitk.Image | None, str]:
     return photograph, label, ""
 
 
-def convert(
-    source: Path,
-    dataset_id: int,
-    labelled_choice: str,
-    test_choice: str | None = None,
-    seed: int = 0,
-    name: str = "ISIC2018",
-    options: Options | None = None,
-) -> str:
-    """Convert the data set; see the module's text for what is read and written.
+def make_recipe(
+    source: Path, labelled_choice: str, subset: int, test_choice: str | None = None, seed: int = 0
+) -> Recipe:
+    """What is read and written; see the module's text, and ``common.convert_source`` for the other arguments.
 
     Args:
-        source: folder with the challenge's folders.
-        dataset_id: 1 to 999.
-        labelled_choice: a number, "all", or a file naming training images.
         test_choice: number of training images for testing, or a file naming them; None: the challenge's test part.
         seed: of the random order.
-        name: the dataset is called ``DatasetXXX_name``.
-        options: processes, dry run, previews.
-
-    Returns:
-        a report for people.
-
-    Raises:
-        InputError: something given is wrong; no dataset has appeared.
     """
-    options = options or Options()
-    common.new_dataset_path(dataset_id, name)
-    source = check_source(source)
     images, masks = find_files(source)
     if test_choice is None and not images["test"]:
         raise InputError(
             f"--source {source} has no folder *Test_Input; unpack it there, or give --test N{packed(source)}"
         )
     train, test = choose_test(test_choice or "0", list(images["training"]), seed)
-    labelled = choose_labelled(labelled_choice, train, options.subset)
+    labelled = choose_labelled(labelled_choice, train, subset)
     roles = {case: LABELLED if case in set(labelled) else UNLABELLED for case in train}
     roles |= dict.fromkeys(images["validation"], VALIDATION) | dict.fromkeys(test or images["test"], TEST)
     photographs = {case: path for found in images.values() for case, path in found.items()}
-    missing = sorted(case for case, role in roles.items() if role != UNLABELLED and case not in masks)
-    require_present(source, missing, len(roles), "images lack their mask", "unpack *_GroundTruth beside *_Input")
+    remedy = "unpack *_GroundTruth beside *_Input"
+    cases = common.cases_of(source, roles, photographs, masks, "images lack their mask", remedy)
     notes = [
         ("note", f"{len(images[part])} {part} images, {number} were published")
         for part, number in PUBLISHED.items()
@@ -144,11 +125,8 @@ def convert(
     ]
     published = "the challenge's" if images["test"] else "none"
     division = f"{len(test)} training images, seed {seed}" if test else published
-    recipe = Recipe(
-        cases=[
-            Case(case, role, (photographs[case],), None if role == UNLABELLED else masks[case])
-            for case, role in roles.items()
-        ],
+    return Recipe(
+        cases=cases,
         read=read_case,
         channels=["R", "G", "B"],
         labels=LABELS,
@@ -158,21 +136,20 @@ def convert(
         rows=[("test part", division), *notes],
         file_ending=".png",
     )
-    return common.convert(recipe, source, dataset_id, name, options)
+
+
+convert = partial(common.convert_source, make_recipe, NAME)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
     labelled_help = "the first N training images in random order, all, or a file with one ID per line"
-    parser = common.make_parser(__doc__, "ISIC2018", labelled_help, "folder with the challenge's folders")
-    parser.add_argument("--test", metavar="N|FILE", help="test on training images (default: the challenge's test part)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random order (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    return common.run_command(
-        lambda: convert(
-            given.source, given.d, given.labeled, given.test, given.seed, given.name, common.options_of(given)
-        )
-    )
+    parser = common.make_parser(__doc__, NAME, labelled_help, "folder with the challenge's folders")
+    test_help = "test on training images (default: the challenge's test part)"
+    add = parser.add_argument
+    add("--test", dest="test_choice", metavar="N|FILE", help=test_help)
+    add("--seed", type=int, default=0, help="of the random order (default: %(default)s)")
+    return common.run_command(parser, convert, arguments)
 
 
 if __name__ == "__main__":

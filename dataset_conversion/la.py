@@ -45,13 +45,14 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe
+from dataset_conversion.common import Case, Recipe
 from dataset_conversion.h5 import array_to_image, check_spacing, read_h5_arrays, require_h5py
 from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_image, check_label
-from nnunetv2_semisup.datasets.images import check_source, packed, read_image, require_same_geometry
+from nnunetv2_semisup.datasets.images import packed, read_image, require_same_geometry
 from nnunetv2_semisup.errors import InputError
 
+NAME = "LA"
 LABELS = {"background": 0, "left atrium": 1}
 STATED_SPACING = (0.625, 0.625, 0.625)  # mm, challenge description
 FILES = {"h5": ("mri_norm2.h5", "mri_norm2.h5"), "nrrd": ("lgemri.nrrd", "laendo.nrrd")}  # image, label
@@ -223,40 +224,24 @@ def make_cases(source: Path, form: str, cases: Cases) -> list[Case]:
     ]
 
 
-def convert(
+def make_recipe(
     source: Path,
-    dataset_id: int,
     labelled_choice: str,
+    subset: int,
     spacing: Sequence[float] | None = None,
     allow_missing_test: bool = False,
-    name: str = "LA",
-    options: Options | None = None,
-) -> str:
-    """Convert the data set; see the module's text for what is read and written.
+) -> Recipe:
+    """What is read and written; see the module's text, and ``common.convert_source`` for the other arguments.
 
     Args:
-        source: folder of case folders.
-        dataset_id: 1 to 999.
-        labelled_choice: a number or a list file, see ``choose_labelled``.
         spacing: for the h5 form: one or three numbers (x, y, z) in mm; None = 0.625 mm.
         allow_missing_test: convert the test cases that are there.
-        name: the dataset is called ``DatasetXXX_name``.
-        options: processes, dry run, previews.
-
-    Returns:
-        a summary for people.
-
-    Raises:
-        InputError: something given is wrong; no dataset has appeared.
     """
-    options = options or Options()
-    common.new_dataset_path(dataset_id, name)
-    folder = check_source(source)
     form = find_form(source)
     written_spacing = check_spacing(spacing, form, STATED_SPACING, "nrrd")
-    cases = choose_cases(source, form, labelled_choice, allow_missing_test, options.subset)
+    cases = choose_cases(source, form, labelled_choice, allow_missing_test, subset)
     missing = f"; {len(cases.missing_test)} missing: {', '.join(cases.missing_test)}" if cases.missing_test else ""
-    recipe = Recipe(
+    return Recipe(
         cases=make_cases(source, form, cases),
         read=partial(read_case, form=form, spacing=written_spacing),
         channels=["LGE-MRI"],
@@ -266,32 +251,19 @@ def convert(
         spacing_note=spacing_note(form, spacing is not None),
         role_notes={TEST: missing},
     )
-    return common.convert(recipe, folder, dataset_id, name, options)
+
+
+convert = partial(common.convert_source, make_recipe, NAME)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
-    parser = common.make_parser(
-        __doc__,
-        "LA",
-        "the first N training cases, or a file with one ID per line",
-        "folder of case folders, h5 or nrrd form",
-    )
+    labelled_help = "the first N training cases, or a file with one ID per line"
+    parser = common.make_parser(__doc__, NAME, labelled_help, "folder of case folders, h5 or nrrd form")
     add = parser.add_argument
     add("--spacing", type=float, nargs="+", metavar="MM", help="h5 form: x y z or one number, in mm (default: 0.625)")
     add("--allow_missing_test", action="store_true", help="go on when test cases are missing, and name them")
-    given = parser.parse_args(arguments)
-    return common.run_command(
-        lambda: convert(
-            given.source,
-            given.d,
-            given.labeled,
-            given.spacing,
-            given.allow_missing_test,
-            given.name,
-            common.options_of(given),
-        )
-    )
+    return common.run_command(parser, convert, arguments)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,11 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe
-from dataset_conversion.lists import choose_labelled, choose_test, require_present
+from dataset_conversion.common import Case, Recipe
+from dataset_conversion.lists import choose_labelled, choose_test
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
 from nnunetv2_semisup.datasets.images import (
     align_label,
-    check_source,
     orientation,
     packed,
     read_image,
@@ -40,6 +39,7 @@ from nnunetv2_semisup.datasets.images import (
 )
 from nnunetv2_semisup.errors import InputError
 
+NAME = "LiTS"
 LABELS = {"both": {"background": 0, "liver": 1, "tumour": 2}, "liver": {"background": 0, "liver": 1}}
 PUBLISHED = 131
 FILE = re.compile(r"(volume|segmentation)-(\d+)\.nii(\.gz)?")
@@ -87,49 +87,23 @@ def read_case(case: Case, structures: str) -> tuple[sitk.Image, sitk.Image | Non
     return image, label, "" if same_place else "the label's header keeps no place, look at the previews"
 
 
-def convert(
-    source: Path,
-    dataset_id: int,
-    labelled_choice: str,
-    test_choice: str,
-    structures: str = "both",
-    seed: int = 0,
-    name: str = "LiTS",
-    options: Options | None = None,
-) -> str:
-    """Convert the data set; see the module's text for what is read and written.
+def make_recipe(
+    source: Path, labelled_choice: str, subset: int, test_choice: str, structures: str = "both", seed: int = 0
+) -> Recipe:
+    """What is read and written; see the module's text, and ``common.convert_source`` for the other arguments.
 
     Args:
-        source: folder with the scans.
-        dataset_id: 1 to 999.
-        labelled_choice: a number, "all", or a file naming scans.
         test_choice: number of test scans, or a file naming them.
         structures: "both" or "liver".
         seed: of the random order.
-        name: the dataset is called ``DatasetXXX_name``.
-        options: processes, dry run, previews.
-
-    Returns:
-        a report for people.
-
-    Raises:
-        InputError: something given is wrong; no dataset has appeared.
     """
-    options = options or Options()
-    common.new_dataset_path(dataset_id, name)
-    source = check_source(source)
     images, labels = find_files(source)
     train, test = choose_test(test_choice, list(images), seed)
-    labelled = choose_labelled(labelled_choice, train, options.subset)
+    labelled = choose_labelled(labelled_choice, train, subset)
     roles = {case: LABELLED if case in labelled else UNLABELLED for case in train} | dict.fromkeys(test, TEST)
-    missing = sorted(case for case, role in roles.items() if role != UNLABELLED and case not in labels)
-    require_present(source, missing, len(roles), "scans lack segmentation-N.nii", "complete the folder")
     counted = [("note", f"{len(images)} scans, {PUBLISHED} were published")] if len(images) != PUBLISHED else []
-    recipe = Recipe(
-        cases=[
-            Case(case, role, (images[case],), None if role == UNLABELLED else labels[case])
-            for case, role in roles.items()
-        ],
+    return Recipe(
+        cases=common.cases_of(source, roles, images, labels, "scans lack segmentation-N.nii"),
         read=partial(read_case, structures=structures),
         channels=["CT"],
         labels=LABELS[structures],
@@ -138,30 +112,21 @@ def convert(
         spacing_note="from the headers",
         rows=[("division", f"random, seed {seed}"), *counted],
     )
-    return common.convert(recipe, source, dataset_id, name, options)
+
+
+convert = partial(common.convert_source, make_recipe, NAME)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
     labelled_help = "the first N training scans in random order, all, or a file with one volume-N per line"
-    parser = common.make_parser(__doc__, "LiTS", labelled_help, "folder with the scans, in any depth")
+    parser = common.make_parser(__doc__, NAME, labelled_help, "folder with the scans, in any depth")
     add = parser.add_argument
-    add("--test", required=True, metavar="N|FILE", help="number of test scans, or a file naming them")
+    test_help = "number of test scans, or a file naming them"
+    add("--test", dest="test_choice", required=True, metavar="N|FILE", help=test_help)
     add("--structures", choices=list(LABELS), default="both", help="default: %(default)s")
     add("--seed", type=int, default=0, help="of the random order (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    return common.run_command(
-        lambda: convert(
-            given.source,
-            given.d,
-            given.labeled,
-            given.test,
-            given.structures,
-            given.seed,
-            given.name,
-            common.options_of(given),
-        )
-    )
+    return common.run_command(parser, convert, arguments)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe
+from dataset_conversion.common import Case, Recipe
 from dataset_conversion.lists import choose_labelled, choose_test, is_number, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
-from nnunetv2_semisup.datasets.images import align_label, check_source, packed, read_image, read_label, walk
+from nnunetv2_semisup.datasets.images import align_label, packed, read_image, read_label, walk
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json
 
@@ -171,39 +171,23 @@ def divide(cases: Sequence[str], train_list: Path | None, test_choice: str, seed
     return train, choose_test(test_choice, sorted({*cases} - {*train}), seed, left=0)[1]
 
 
-def convert(
+def make_recipe(
     source: Path,
-    dataset_id: int,
     labelled_choice: str,
+    subset: int,
     test_choice: str | None = None,
     train_list: Path | None = None,
     seed: int = 0,
-    name: str | None = None,
-    options: Options | None = None,
-) -> str:
-    """Convert a task; see the module's text for what is read and written.
+) -> Recipe:
+    """What is read and written; see the module's text, and ``common.convert_source`` for the other arguments.
 
     Args:
-        source: folder of the task.
-        dataset_id: 1 to 999.
-        labelled_choice: a number, "all", or a file naming training cases.
         test_choice: number of test cases, or a file naming them; None: test.list in ``source``.
         train_list: file naming the training cases in order; None: train.list in ``source``, else a random order.
         seed: of the random order.
-        name: the dataset is called ``DatasetXXX_name``; None: as the task.
-        options: processes, dry run, previews, subset.
-
-    Returns:
-        a report for people.
-
-    Raises:
-        InputError: something given is wrong; no dataset has appeared.
     """
-    options = options or Options()
-    source = check_source(source)
     form = find_form(source)
     task, content = read_task(source)
-    common.new_dataset_path(dataset_id, name or task)
     json_file = source / "dataset.json"
     channels = named(content, "modality", json_file)
     labels = {"background": 0} | {
@@ -221,21 +205,17 @@ def convert(
         if not (source / "test.list").exists():
             raise InputError("--test is needed: the labels of the challenge's test images are secret; give --test N")
     train, test = divide(expected or list(images), train_list, test_choice, seed)
-    labelled = choose_labelled(labelled_choice, train, options.subset)
+    labelled = choose_labelled(labelled_choice, train, subset)
     roles = {case: LABELLED if case in labelled else UNLABELLED for case in train} | dict.fromkeys(test, TEST)
-    missing = sorted(case for case, role in roles.items() if role != UNLABELLED and case not in label_files)
-    require_present(source, missing, len(roles), f"cases lack the label in {FOLDERS[form][1]}", "complete the folder")
+    cases = common.cases_of(source, roles, images, label_files, f"cases lack the label in {FOLDERS[form][1]}")
 
     at_random = f"random, seed {seed}"
     division = {
         "training_cases": at_random if train_list is None else Path(train_list).name,
         "test_cases": at_random if is_number(test_choice) else Path(test_choice).name,
     }
-    recipe = Recipe(
-        cases=[
-            Case(case, role, (images[case],), None if role == UNLABELLED else label_files[case])
-            for case, role in roles.items()
-        ],
+    return Recipe(
+        cases=cases,
         read=partial(read_case, channels=len(channels), values=tuple(labels.values())),
         channels=channels,
         labels=labels,
@@ -246,7 +226,6 @@ def convert(
         + [("note", text) for text in not_used(source, images, roles)],
         separate_channels=True,
     )
-    return common.convert(recipe, source, dataset_id, name or task, options)
 
 
 def not_used(source: Path, images: Mapping[str, Path], roles: Mapping[str, str]) -> list[str]:
@@ -259,27 +238,20 @@ def not_used(source: Path, images: Mapping[str, Path], roles: Mapping[str, str])
     return told
 
 
+convert = partial(common.convert_source, make_recipe, None)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
     labelled_help = "the first N training cases, all, or a file with one case per line"
     parser = common.make_parser(__doc__, None, labelled_help, "folder of the task, e.g. Task04_Hippocampus")
     add = parser.add_argument
-    add("--test", metavar="N|FILE", help="number of test cases, or a file naming them (default: test.list in --source)")
-    add("--train", type=Path, metavar="FILE", help="training cases in order (default: train.list, else random)")
+    test_help = "number of test cases, or a file naming them (default: test.list in --source)"
+    add("--test", dest="test_choice", metavar="N|FILE", help=test_help)
+    train_help = "training cases in order (default: train.list, else random)"
+    add("--train", dest="train_list", type=Path, metavar="FILE", help=train_help)
     add("--seed", type=int, default=0, help="of the random order (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    return common.run_command(
-        lambda: convert(
-            given.source,
-            given.d,
-            given.labeled,
-            given.test,
-            given.train,
-            given.seed,
-            given.name,
-            common.options_of(given),
-        )
-    )
+    return common.run_command(parser, convert, arguments)
 
 
 if __name__ == "__main__":

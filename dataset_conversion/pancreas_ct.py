@@ -43,13 +43,12 @@ if not __package__:  # run as a file: the repository root is not on the path the
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_conversion import common
-from dataset_conversion.common import Case, Options, Recipe
+from dataset_conversion.common import Case, Recipe
 from dataset_conversion.h5 import array_to_image, read_h5_arrays, require_h5py
 from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_image, check_label
 from nnunetv2_semisup.datasets.images import (
     align_label,
-    check_source,
     dicom_tag,
     find_series,
     packed,
@@ -60,6 +59,7 @@ from nnunetv2_semisup.datasets.images import (
 )
 from nnunetv2_semisup.errors import InputError
 
+NAME = "PancreasCT"
 LABELS = {"background": 0, "pancreas": 1}
 DUPLICATES = ("0025", "0070")
 FORMS = {
@@ -156,43 +156,23 @@ def published_lists(variant: str, keep_duplicates: bool) -> tuple[list[str], lis
     return [n for n in train if n not in listed], [n for n in test if n not in listed], [told]
 
 
-def convert(
-    source: Path,
-    dataset_id: int,
-    labelled_choice: str,
-    variant: str | None = None,
-    keep_duplicates: bool = False,
-    name: str = "PancreasCT",
-    options: Options | None = None,
-) -> str:
-    """Convert the data set; see the module's text for what is read and written.
+def make_recipe(
+    source: Path, labelled_choice: str, subset: int, variant: str | None = None, keep_duplicates: bool = False
+) -> Recipe:
+    """What is read and written; see the module's text, and ``common.convert_source`` for the other arguments.
 
     Args:
-        source: folder below which images and labels lie.
-        dataset_id: 1 to 999.
-        labelled_choice: a number, "all", or a file with one four-digit case number per line.
         variant: "A" or "B"; None: by the form.
         keep_duplicates: use the published lists of variant A as they are.
-        name: the dataset is called ``DatasetXXX_name``.
-        options: processes, dry run, previews.
-
-    Returns:
-        a report for people.
-
-    Raises:
-        InputError: something given is wrong; no dataset has appeared.
     """
-    options = options or Options()
-    common.new_dataset_path(dataset_id, name)
-    source = check_source(source)
     form, images, labels = find_cases(source)
     variant = variant or ("A" if form == "h5" else "B")
     train, test, told = published_lists(variant, keep_duplicates)
-    labelled = choose_labelled(labelled_choice, train, options.subset)
+    labelled = choose_labelled(labelled_choice, train, subset)
     roles = {number: LABELLED if number in labelled else UNLABELLED for number in train} | dict.fromkeys(test, TEST)
     missing = [n for n, role in roles.items() if n not in images or (role != UNLABELLED and n not in labels)]
     require_present(source, missing, len(roles), "cases lack the image or the label", "complete the folder")
-    recipe = Recipe(
+    return Recipe(
         cases=[
             Case(f"PANCREAS_{number}", role, images[number], None if role == UNLABELLED else labels[number])
             for number, role in roles.items()
@@ -205,27 +185,18 @@ def convert(
         spacing_note="the h5 files were resampled to it" if form == "h5" else "from the headers",
         rows=[("division", f"variant {variant}, see splits/"), *(("note", text) for text in told)],
     )
-    return common.convert(recipe, source, dataset_id, name, options)
+
+
+convert = partial(common.convert_source, make_recipe, NAME)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
     labelled_help = "the first N training cases, all, or a file with one case number per line"
-    parser = common.make_parser(__doc__, "PancreasCT", labelled_help, "folder with images and labels, in any depth")
+    parser = common.make_parser(__doc__, NAME, labelled_help, "folder with images and labels, in any depth")
     parser.add_argument("--variant", choices=["A", "B"], help="published division (default: A for h5, else B)")
     parser.add_argument("--keep_duplicates", action="store_true", help="variant A with its leak into the test set")
-    given = parser.parse_args(arguments)
-    return common.run_command(
-        lambda: convert(
-            given.source,
-            given.d,
-            given.labeled,
-            given.variant,
-            given.keep_duplicates,
-            given.name,
-            common.options_of(given),
-        )
-    )
+    return common.run_command(parser, convert, arguments)
 
 
 if __name__ == "__main__":

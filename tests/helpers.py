@@ -115,12 +115,35 @@ class TinyDataset:
         return self.root / "preprocessed" / self.name
 
     @property
+    def folder(self) -> Path:
+        """Of the preprocessed unlabelled cases, 3d_fullres."""
+        return self.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
+
+    @property
+    def manifest(self) -> Path:
+        return self.preprocessed / "nnUNetPlans_3d_fullres_unlabeled.json"
+
+    @property
+    def plans_file(self) -> Path:
+        return self.preprocessed / "nnUNetPlans.json"
+
+    @property
     def plans(self) -> dict:
-        return json.loads((self.preprocessed / "nnUNetPlans.json").read_text())
+        return json.loads(self.plans_file.read_text())
+
+    def edit_plans(self, change) -> None:
+        plans = self.plans
+        change(plans)
+        self.plans_file.write_text(json.dumps(plans))
 
     @property
     def dataset_json(self) -> dict:
         return json.loads((self.preprocessed / "dataset.json").read_text())
+
+    def images(self, case: str) -> list[str]:
+        """The files of an unlabelled case, one per channel."""
+        channels = range(len(self.dataset_json["channel_names"]))
+        return [str(self.raw / "imagesUn" / f"{case}_{channel:04d}.nii.gz") for channel in channels]
 
     def variables(self, results: Path) -> dict[str, str]:
         folders = {"nnUNet_raw": self.root / "raw", "nnUNet_preprocessed": self.root / "preprocessed"}
@@ -141,9 +164,12 @@ class TinyDataset:
         return trainer_class(plans, configuration, fold, self.dataset_json, torch.device("cpu"))
 
 
-def write_image(file: Path, array: np.ndarray) -> None:
+def write_image(file: Path, array: np.ndarray, spacing=(1.0, 1.0, 1.0)) -> None:
+    """Write (Z, Y, X) with a spacing (x, y, z) in mm."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
     file.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(sitk.GetImageFromArray(array), str(file))
+    sitk.WriteImage(image, str(file))
 
 
 def make_dataset(root: Path, labels: dict, labelled: int = 3, unlabelled: int = 3, name: str = "Dataset901_Tiny"):

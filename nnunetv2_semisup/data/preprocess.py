@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,8 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -38,6 +35,7 @@ from nnunetv2_semisup.data.folders import (
     unlabeled_folder,
 )
 from nnunetv2_semisup.data.jobs import submit, worker_pool
+from nnunetv2_semisup.data.reading import read_errors
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json, write_json
 
@@ -62,18 +60,6 @@ _SCHEMES_WITHOUT_STATISTICS = {
     "RescaleTo01Normalization",
     "RGBTo01Normalization",
 }
-
-# What nnU-Net's readers and preprocessors raise for an image that they cannot use.
-_IMAGE_ERRORS = (
-    RuntimeError,
-    ValueError,
-    AssertionError,
-    OSError,
-    EOFError,
-    zlib.error,
-    ImageFileError,
-    HeaderDataError,
-)
 
 
 def preprocess_unlabeled(
@@ -410,18 +396,17 @@ def _checked(preprocessor_class: type[DefaultPreprocessor]) -> type[DefaultPrepr
 
     class Checked(preprocessor_class):
         def run_case(self, image_files, *args, **kwargs):
-            try:
+            def tell(error: Exception) -> str:
+                # nnU-Net's readers raise without text in one situation only, and print the rest.
+                what = " ".join(str(error).split()) or "its channels differ in shape or voxel size"
+                files = ", ".join(image_files)
+                return f"{files} cannot be preprocessed: {what}. Repair the image or remove it from {RAW_FOLDER}"
+
+            with read_errors(tell):
                 for file in image_files:
                     checks.require_whole_nifti(file)
                 data, mask, properties = super().run_case(image_files, *args, **kwargs)
                 checks.require_finite(data)
-            except _IMAGE_ERRORS as error:
-                # nnU-Net's readers raise without text in one situation only, and print the rest.
-                what = " ".join(str(error).split()) or "its channels differ in shape or voxel size"
-                raise InputError(
-                    f"{', '.join(image_files)} cannot be preprocessed: {what}. Repair the image or remove it from "
-                    f"{RAW_FOLDER}"
-                ) from error
             return data, mask, properties
 
         def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):

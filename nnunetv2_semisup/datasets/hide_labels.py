@@ -8,7 +8,6 @@ import itertools
 import json
 import random
 import re
-import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,13 +18,12 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2_semisup.data.checks import check_label, require_finite, require_whole_nifti
 from nnunetv2_semisup.data.folders import PATIENTS, RAW_FOLDER, files_per_case, labelled_cases, read_dataset_json
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.datasets.images import last_line
+from nnunetv2_semisup.data.reading import last_line, read_errors
 from nnunetv2_semisup.datasets.raw import find_dataset, link_or_copy, new_dataset_path, whole_folder, write_splits
 from nnunetv2_semisup.errors import InputError
 
 RECORD = "hidden_labels.json"
 PATIENT_FACTS = "patients.csv"  # of our ACDC converter
-_READ_ERRORS = (RuntimeError, ValueError, OSError, EOFError, zlib.error)  # of nnU-Net's readers
 
 
 def hide_labels(
@@ -192,11 +190,9 @@ def _foreground_voxels(file: str, reader: type, ignore: int | None) -> int:
 
 
 def _read_label(reader: type, file: str) -> tuple[np.ndarray, dict]:
-    try:
+    with read_errors(lambda e: f"{file}: the label cannot be read ({last_line(e)}); repair or remove the case"):
         require_whole_nifti(file, finite=True)
         return reader().read_seg(file)
-    except _READ_ERRORS as error:
-        raise InputError(f"{file}: the label cannot be read ({last_line(error)}); repair or remove the case") from error
 
 
 def _check_complete(source: Path, cases: dict[str, dict], dataset_json: dict) -> None:
@@ -233,16 +229,14 @@ def _check_case(job: tuple[dict, bool], reader: type, values: tuple[int, ...]) -
     """Check the files of a case, and whether it keeps its label; labels that are hidden are not read."""
     files, keeps_label = job
     images = files["images"]
-    try:
+    named = ", ".join(images)
+    with read_errors(lambda e: f"{named}: the images cannot be read ({last_line(e)}); repair or remove the case"):
         for file in images:
             require_whole_nifti(file, finite=True)
         if not keeps_label:
             return
         image, image_facts = reader().read_images(images)
         require_finite(image)
-    except _READ_ERRORS as error:
-        text = f"the images cannot be read ({last_line(error)}); repair or remove the case"
-        raise InputError(f"{', '.join(images)}: {text}") from error
     label, label_facts = _read_label(reader, files["label"])
     check_label(label[0], image.shape[1:], values, files["label"])
     if not np.allclose(label_facts["spacing"], image_facts["spacing"], rtol=1e-3):

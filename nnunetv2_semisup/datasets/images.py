@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_semisup.data.checks import check_label, require_whole_nifti
+from nnunetv2_semisup.data.reading import damaged, last_line, read_errors
 from nnunetv2_semisup.errors import InputError
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
@@ -25,15 +25,14 @@ def read_image(path: Path, image_io: str = "") -> sitk.Image:
         path: file of any format that SimpleITK knows.
         image_io: name of the reader, e.g. "NrrdImageIO"; empty: by content.
     """
-    try:
+    with read_errors(lambda error: _what_is_wrong(path, error)):
         require_whole_nifti(str(path), finite=True)
         return sitk.ReadImage(str(path), imageIO=image_io)
-    except (RuntimeError, ValueError, OSError, EOFError, zlib.error) as error:
-        raise InputError(_what_is_wrong(path, last_line(error))) from error
 
 
-def _what_is_wrong(path: Path, reason: str) -> str:
+def _what_is_wrong(path: Path, error: Exception) -> str:
     """An error of a reader, with what helps against it."""
+    reason = last_line(error)
     ending = re.search(r"(\.nii)?\.\w+$", path.name, re.IGNORECASE)
     if "Unable to determine" in reason and ending and ending[0] != ending[0].lower():
         return f"{path}: ITK does not know the ending {ending[0]}; rename the file, with the ending {ending[0].lower()}"
@@ -41,7 +40,7 @@ def _what_is_wrong(path: Path, reason: str) -> str:
         return f"{path}: by its header the axes are not at right angles (sheared); resample it onto axes that are"
     if "NaN" in reason:
         return f"{path} has NaN or infinite values; replace them, e.g. by the value of the background"
-    return f"{path}: damaged or incomplete ({reason}); copy or download it again"
+    return damaged(path)(error)
 
 
 def read_label(path: Path, allowed: Sequence[int]) -> sitk.Image:
@@ -71,11 +70,6 @@ def write_image(image: sitk.Image, path: Path) -> None:
         same = False
     if not same:
         raise InputError(f"{path} could not be written; is the disk full?")
-
-
-def last_line(error: Exception) -> str:
-    """The last line of an error's text, which is where ITK says what happened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 # --- geometry -------------------------------------------------------------------------------------------------------
@@ -353,10 +347,8 @@ def read_series(files: Sequence[Path]) -> sitk.Image:
         raise InputError(f"{place}: the DICOM slices are shifted against each other (gantry tilt); resample them first")
     series = sitk.ImageSeriesReader()
     series.SetFileNames([str(file) for file in files])
-    try:
+    with read_errors(lambda error: f"{place}: damaged DICOM series ({last_line(error)}); download it again"):
         return series.Execute()
-    except RuntimeError as error:
-        raise InputError(f"{place}: damaged DICOM series ({last_line(error)}); download it again") from error
 
 
 def _stored_as(reader: sitk.ImageFileReader) -> list:
@@ -368,8 +360,6 @@ def _stored_as(reader: sitk.ImageFileReader) -> list:
 def _information(file: Path) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
-    try:
+    with read_errors(lambda error: f"{file}: damaged or incomplete ({last_line(error)}); download it again"):
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise InputError(f"{file}: damaged or incomplete ({last_line(error)}); download it again") from error
     return reader

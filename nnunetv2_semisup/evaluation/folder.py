@@ -21,13 +21,10 @@ import contextlib
 import gzip
 import io
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
@@ -35,24 +32,13 @@ from scipy.ndimage import generate_binary_structure
 from scipy.ndimage import label as label_components
 
 from nnunetv2_semisup.data.jobs import run_jobs
+from nnunetv2_semisup.data.reading import read_errors
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks
 from nnunetv2_semisup.files import listed, read_json, write_csv, write_json
 
 COLUMNS = ("case", "label", "postprocessing", *METRICS, "voxels_prediction", "voxels_reference")
 POSTPROCESSING = ("none", "largest_component")
-
-# What nnU-Net's readers raise for a file that they cannot use.
-_READ_ERRORS = (
-    RuntimeError,
-    ValueError,
-    AssertionError,
-    OSError,
-    EOFError,
-    zlib.error,
-    ImageFileError,
-    HeaderDataError,
-)
 
 
 def evaluate_folder(
@@ -316,15 +302,17 @@ def _squeeze(mask: np.ndarray, axes: list[int]) -> np.ndarray:
 
 def _read(file: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict]:
     """Values (Z, Y, X) and nnU-Net's properties of a label file."""
-    try:
+
+    def tell(error: Exception) -> str:
+        return f"{file} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+
+    with read_errors(tell):
         if file.suffix == ".gz":  # SimpleITK takes a file that ends too soon for a whole one
             with gzip.open(file) as f:
                 while f.read(1 << 22):
                     pass
         with contextlib.redirect_stdout(io.StringIO()):  # nnU-Net's tif reader prints where it finds no voxel size
             values, properties = reader().read_seg(str(file))
-    except _READ_ERRORS as error:
-        raise InputError(f"{file} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
     if len(values) != 1:
         raise InputError(f"{file} has {len(values)} channels: a label file has one")
     return values[0], properties

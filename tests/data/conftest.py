@@ -3,74 +3,20 @@
 import json
 import multiprocessing
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
+from helpers import TinyDataset, write_image
 from nnunetv2.utilities import utils as nnunet_utils
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 NAME = "Dataset508_Tiny"
-LABELLED = ["lab_0", "lab_1", "lab_2"]
-UNLABELLED = ["un_0", "un_1", "un_2"]
+LABELLED = ("lab_0", "lab_1", "lab_2")
+UNLABELLED = ("un_0", "un_1", "un_2")
 SHAPES = [(24, 20, 16), (22, 20, 14), (26, 18, 16)]  # x, y, z
 SPACINGS = [(1.0, 1.0, 1.5), (1.0, 1.2, 1.5), (1.2, 1.2, 1.6)]  # mm; their median is the plans' spacing (1, 1.2, 1.5)
-
-
-@dataclass
-class TinyDataset:
-    """Where the dataset lies, with a few shortcuts for tests."""
-
-    root: Path
-    name: str = NAME
-
-    @property
-    def raw(self) -> Path:
-        return self.root / "raw" / self.name
-
-    @property
-    def preprocessed(self) -> Path:
-        return self.root / "preprocessed" / self.name
-
-    @property
-    def folder(self) -> Path:
-        return self.preprocessed / "nnUNetPlans_3d_fullres_unlabeled"
-
-    @property
-    def manifest(self) -> Path:
-        return self.preprocessed / "nnUNetPlans_3d_fullres_unlabeled.json"
-
-    @property
-    def plans_file(self) -> Path:
-        return self.preprocessed / "nnUNetPlans.json"
-
-    @property
-    def dataset_json(self) -> dict:
-        return json.loads((self.preprocessed / "dataset.json").read_text())
-
-    @property
-    def plans(self) -> PlansManager:
-        return PlansManager(json.loads(self.plans_file.read_text()))
-
-    def images(self, case: str) -> list[str]:
-        return [str(self.raw / "imagesUn" / f"{case}_{channel:04d}.nii.gz") for channel in (0, 1)]
-
-    def edit_plans(self, change) -> None:
-        plans = json.loads(self.plans_file.read_text())
-        change(plans)
-        self.plans_file.write_text(json.dumps(plans))
-
-
-def write_image(path: Path, array: np.ndarray, spacing: tuple[float, ...]) -> None:
-    """Write (Z, Y, X) with a spacing (x, y, z) in mm."""
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(spacing)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(path))
 
 
 def _make_case(generator: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,27 +65,21 @@ def _plan_and_preprocess(dataset: TinyDataset) -> None:
             DefaultPreprocessor(verbose=False).run(dataset.name, configuration, "nnUNetPlans", 1)
 
 
-def _point_nnunet_to(dataset: TinyDataset, patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("nnUNet_raw", str(dataset.root / "raw"))
-    patch.setenv("nnUNet_preprocessed", str(dataset.root / "preprocessed"))
-    patch.setenv("nnUNet_results", str(dataset.root / "results"))
-
-
 @pytest.fixture(scope="session")
 def planned_dataset(tmp_path_factory) -> TinyDataset:
     """The dataset with its labelled cases preprocessed; tests must not change it."""
-    dataset = TinyDataset(tmp_path_factory.mktemp("planned"))
+    dataset = TinyDataset(tmp_path_factory.mktemp("planned"), NAME, LABELLED, UNLABELLED)
     _write_raw(dataset)
     with pytest.MonkeyPatch.context() as patch:
-        _point_nnunet_to(dataset, patch)
+        for key, value in dataset.variables(dataset.root / "results").items():
+            patch.setenv(key, value)
         _plan_and_preprocess(dataset)
     return dataset
 
 
 @pytest.fixture
-def dataset(planned_dataset, tmp_path, monkeypatch) -> TinyDataset:
+def dataset(planned_dataset, tmp_path, use) -> TinyDataset:
     """A copy of the dataset that a test may change; nnU-Net's variables point to it."""
-    copy = TinyDataset(tmp_path / "nnunet")
+    copy = replace(planned_dataset, root=tmp_path / "nnunet")
     shutil.copytree(planned_dataset.root, copy.root)
-    _point_nnunet_to(copy, monkeypatch)
-    return copy
+    return use(copy)

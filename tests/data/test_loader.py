@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 
 import numpy as np
@@ -13,6 +12,7 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from scipy.stats import chisquare
 
 from nnunetv2_semisup.data.loader import TwoStreamLoader, UnlabeledDataLoader, UnlabeledDataset, geometric_part
@@ -25,7 +25,7 @@ def label_manager(dataset, ignore=False):
     content = dataset.dataset_json
     if ignore:
         content["labels"]["ignore"] = 2
-    return dataset.plans.get_label_manager(content)
+    return PlansManager(dataset.plans).get_label_manager(content)
 
 
 def save_case(folder, case, image, mask):
@@ -230,7 +230,7 @@ def test_two_streams_advance_together():
 def test_streams_of_a_real_trainer_in_a_worker(dataset, monkeypatch, configuration):
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     cases = preprocess_unlabeled(dataset.name, "nnUNetPlans", configuration, 1, log=lambda line: None)
-    plans = {**json.loads(dataset.plans_file.read_text()), "continue_training": False}
+    plans = {**dataset.plans, "continue_training": False}
     trainer = nnUNetTrainer(plans, configuration, "all", dataset.dataset_json, torch.device("cpu"))
     trainer.print_to_log_file = lambda *args, **kwargs: None
     trainer._set_batch_size_and_oversample()

@@ -18,6 +18,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from filelock import FileLock
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_semisup.data import preprocess
 from nnunetv2_semisup.data.preprocess import SUFFIXES, pending_cases, preprocess_unlabeled
@@ -75,7 +76,7 @@ def processed_cases(monkeypatch):
 @pytest.fixture(scope="module")
 def reference(planned_dataset, tmp_path_factory):
     """Case id -> image that nnU-Net makes of it when it is a labelled case; also the masks, per configuration."""
-    plans = planned_dataset.plans
+    plans = PlansManager(planned_dataset.plans)
     result = {}
     for configuration_name in ("3d_fullres", "2d"):
         configuration = plans.get_configuration(configuration_name)
@@ -121,7 +122,7 @@ def test_images_equal_stock_preprocessing_of_a_labelled_case(dataset, reference,
 
 def test_mr_is_masked_and_ct_uses_the_plans_statistics(dataset):
     run(dataset)
-    statistics = dataset.plans.foreground_intensity_properties_per_channel["1"]
+    statistics = dataset.plans["foreground_intensity_properties_per_channel"]["1"]
     image, mask, properties = load(dataset.folder, "un_1")  # has the plans' spacing: not resampled
     crop = tuple(slice(a, b) for a, b in properties["bbox_used_for_cropping"])
     ct = sitk.GetArrayFromImage(sitk.ReadImage(dataset.images("un_1")[1]))[crop]
