@@ -439,7 +439,7 @@ def test_an_interrupted_run_leaves_the_old_files(folders, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(module.csv.DictWriter, "writerows", full)
+    monkeypatch.setattr("csv.DictWriter.writerows", full)
     with pytest.raises(OSError):
         folders.evaluate()
     assert (folders.output / "cases.csv").read_text() == before

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import make_batch
-from test_action import NAME, NAMES, PROGRESS, STILL, build, state, step_losses
+from test_action import NAME, NAMES, PROGRESS, STILL, build, octants, record, state, step_losses
 
 from nnunetv2_semisup.losses import anatomical
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, confidence_weighted_cross_entropy
@@ -16,32 +16,26 @@ from nnunetv2_semisup.network.embedding_heads import RepresentationHead, pool_ce
 from nnunetv2_semisup.trainers import action, action_plus_plus
 
 
-def record(monkeypatch, module, name):
-    calls, original = [], getattr(module, name)
-
-    def recorded(*arguments):
-        calls.append((arguments, original(*arguments)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(module, name, recorded)
-    return calls
-
-
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_teacher_moves_by_one_percent_in_every_stage(name, epoch, tiny):
     trainer = build(tiny, name=name, num_epochs=4)
     trainer.current_epoch, method = epoch, trainer.method
     pairs = {"network": (method.teacher, trainer.network), "projectors": (method.teacher_projectors, method.projectors)}
+    if name != NAME:
+        pairs["representation"] = (method.teacher_representation, method.representation)
     before = {k: state(t.module) for k, (t, _) in pairs.items()}
+    for k, (_, student) in pairs.items():
+        assert all(torch.equal(p, before[k][n]) for n, p in student.named_parameters()), "starts equal"
     trainer.train_step(make_batch(trainer))
     stage = method.stage(trainer.progress)
     for k, (teacher, student) in pairs.items():
         now = dict(student.named_parameters())
         moved = any(not torch.equal(p, before[k][n]) for n, p in now.items())
-        assert moved == (k == "network" or stage < 3)
+        assert moved == (k == "network" or (k == "projectors") == (stage < 3))
         for n, p in teacher.module.named_parameters():
             torch.testing.assert_close(p, 0.99 * before[k][n] + 0.01 * now[n].detach(), rtol=1e-6, atol=1e-7)
+            assert p.grad is None
 
 
 @pytest.mark.parametrize(("stage", "term", "modules"), [
@@ -72,24 +66,6 @@ def test_shares_and_weights_with_unequal_batches(tiny):
          "supervised": 1.0})  # fmt: skip
 
 
-@pytest.mark.parametrize("local_mode", ["same_window", "pooled"])
-def test_local_rows_of_the_queue(local_mode, tiny):
-    trainer = build(tiny, num_epochs=4, local_mode=local_mode, **STILL)
-    method, batch = trainer.method, make_batch(trainer)
-    trainer.current_epoch = 1
-    with torch.no_grad():
-        images = torch.cat((batch["unlabelled"]["data"], batch["data"]))
-        cells = pool_cells(taps.logits(method.teacher.module, images), method.window_edges)
-        expected = F.normalize(windows(method.teacher_projectors.module["local"](cells)), dim=2)
-    trainer.train_step(batch)
-    kept = method.queues["local"].rows[:4].float()
-    if local_mode == "same_window":
-        torch.testing.assert_close(kept, expected, rtol=0, atol=2e-3)
-    else:
-        distance = (kept - expected).abs().amax(2)  # (4, P)
-        assert (distance.amin(1) < 2e-3).all() and distance.argmin(1).unique().numel() > 1
-
-
 def test_stage_three_sees_what_it_should(tiny, monkeypatch):
     """Labels: teacher on the weak view, mixed like the image; student: on the strong view of the mixed image."""
     trainer = build(tiny)
@@ -97,25 +73,26 @@ def test_stage_three_sees_what_it_should(tiny, monkeypatch):
     with torch.no_grad():
         for p in method.teacher.parameters():
             p.mul_(1.5)
-    monkeypatch.setattr(method, "_strong_view", lambda images: images.roll(1, -1))
-    mixed = record(monkeypatch, method, "_mixed")
+    monkeypatch.setattr(action, "apply_jitter", lambda images, drawn: images.roll(1, -1))
+    boxes = record(monkeypatch, action, "draw_half_plane_boxes")
     loss = record(monkeypatch, action, "confidence_weighted_cross_entropy")
-    voxels = record(monkeypatch, method, "_voxels")
+    drawn = record(monkeypatch, action, "draw_voxels")
     terms = step_losses(trainer, batch, PROGRESS[3])
-    (((images, label), (image, together)),) = mixed
+    (((images,), replaced),) = boxes
     assert torch.equal(images, batch["unlabelled"]["data"])
     with torch.no_grad():
         p = torch.softmax(taps.logits(method.teacher.module, images), 1)
-        torch.testing.assert_close(label.confidence[:, 0], p.amax(1))
-        assert torch.equal(label.label[:, 0], p.argmax(1))
+        p = torch.where(replaced, p.roll(-1, 0), p)
+        image = torch.where(replaced, images.roll(-1, 0), images)
         expected = taps.logits(network, image.roll(1, -1))
         supervised = trainer.loss(network(batch["data"]), batch["target"])
-    (logits, used, _, _), _ = loss[0]
+    (logits, used, *_), _ = loss[0]
     torch.testing.assert_close(logits.detach(), expected)
-    assert torch.equal(used.label, together.label) and torch.equal(used.confidence, together.confidence)
-    _, _, classes, _ = voxels[0][0]
-    sure = together.confidence[:, 0] >= 0.7
-    assert torch.equal(classes[len(batch["data"]) :], torch.where(sure, together.label[:, 0], -1))
+    torch.testing.assert_close(used.confidence[:, 0], p.amax(1))
+    assert torch.equal(used.label[:, 0], p.argmax(1))
+    (members, _), _ = drawn[1]
+    contrasted = method.representation.thin(torch.where(p.amax(1) >= 0.7, p.argmax(1), -1)).flatten()
+    assert torch.equal(members[:, -len(contrasted) :], contrasted == torch.arange(2)[:, None])
     torch.testing.assert_close(terms["supervised"][1].detach(), supervised)
     assert {n: w for n, (w, _) in terms.items()} == {"supervised": 1.0, "pseudo_label": 1.0, "anatomical": 0.01}
 
@@ -126,35 +103,34 @@ def test_what_the_anatomical_contrast_gets(name, datasets, use, monkeypatch):
     more = {"tau_anco": 0.3} if name == NAME else {}
     trainer = build(use(datasets("4 classes")), name=name, tau_classes=0.7, queries=50, weak_threshold=0.0, **more)
     method, head = trainer.method, trainer.method.representation
-    seen = record(monkeypatch, method, "_contrasts")
+    grids = record(monkeypatch, head, "on_grid")
     drawn = record(monkeypatch, action, "draw_voxels")
     calls = record(monkeypatch, action, "anatomical_contrast")
     with torch.no_grad():
         trainer.network.decoder.seg_layers[-1].weight.mul_(20)
     method.reset(trainer.network)
     step_losses(trainer, make_batch(trainer), PROGRESS[3])
-    voxels = seen[0][0][0]
-    assert voxels.hard.any() and (voxels.members & ~voxels.hard).any(), "else hard and all cannot be told apart"
     (hard, size), (members, candidates) = (c[0] for c in drawn)
-    assert torch.equal(hard, voxels.hard) and torch.equal(members, voxels.members)
+    assert hard.any() and (members & ~hard).any() and not (hard & ~members).any()
     assert (size, candidates) == (50, action.CANDIDATES)
     _, has, means, _, present, tau, negatives, tau_classes = calls[0][0]
-    torch.testing.assert_close(means, head.class_means(voxels.features, voxels.members))
-    assert torch.equal(has, voxels.hard.any(1)) and torch.equal(present, voxels.members.any(1))
+    torch.testing.assert_close(means, head.class_means(grids[-1][1], members))
+    assert torch.equal(has, hard.any(1)) and torch.equal(present, members.any(1))
     assert (tau, negatives, tau_classes) == (method.contrast_temperature(PROGRESS[3]), 512, 0.7)
 
 
 def test_hard_has_a_threshold_of_its_own(tiny, monkeypatch):
     trainer = build(tiny, hard_threshold=0.0)
-    seen = record(monkeypatch, trainer.method, "_contrasts")
+    drawn = record(monkeypatch, action, "draw_voxels")
     step_losses(trainer, make_batch(trainer), PROGRESS[3])
-    assert not seen[0][0][0].hard.any()
+    (hard, _), (members, _) = (arguments for arguments, _ in drawn)
+    assert members.any() and not hard.any()
 
 
 def test_strong_view_uses_its_settings(tiny, monkeypatch):
-    method = build(tiny, jitter_probability=0.1, jitter_strength=0.2, blur_probability=0.3).method
+    trainer = build(tiny, jitter_probability=0.1, jitter_strength=0.2, blur_probability=0.3)
     drawn = record(monkeypatch, action, "draw_jitter")
-    method._strong_view(torch.randn(2, 1, 16, 16, 16))
+    step_losses(trainer, make_batch(trainer), PROGRESS[1])
     assert drawn[0][0][1:] == (0.1, 0.2, 0.3)
 
 
@@ -173,14 +149,24 @@ def test_the_contrast_uses_the_allocation_and_the_allocation_follows(datasets, u
     assert torch.equal(calls[0][0][5], method.centres[order])
 
 
-def test_embeddings_are_fp32_under_autocast(tiny):
-    method = build(tiny).method
-    bottleneck, logits = torch.randn(2, 8, 4, 4, 4), torch.randn(2, 2, 16, 16, 16)
-    arguments = {"global": 1, "local": 1}, bottleneck, logits, method.projectors, method.predictors
-    expected = method._embeddings(*arguments)
+def test_embeddings_are_fp32_under_autocast(tiny, monkeypatch):
+    """The heads work in fp32 on what the network gives in bfloat16."""
+    trainer = build(tiny, **STILL)
+    method, images = trainer.method, (batch := make_batch(trainer))["unlabelled"]["data"]
+    calls, heads = record(monkeypatch, action, "soft_negative_distillation"), method.teacher_projectors.module
     with torch.autocast("cpu", torch.bfloat16):
-        found = method._embeddings(*arguments)
-    assert all(torch.equal(found[n], expected[n]) and found[n].dtype == torch.float32 for n in expected)
+        step_losses(trainer, batch, PROGRESS[2])
+        with torch.no_grad():
+            bottleneck = taps.encode(method.teacher.module, images)[-1]
+            logits = taps.logits(method.teacher.module, images)
+    with torch.no_grad():
+        expected = (
+            heads["global"](octants(bottleneck.float()))[:, None],
+            windows(heads["local"](pool_cells(logits.float(), method.window_edges))),
+        )
+    for ((student, teacher, *_), _), value in zip(calls, expected, strict=False):
+        assert bottleneck.dtype == logits.dtype == torch.bfloat16 and student.dtype == torch.float32
+        torch.testing.assert_close(teacher, value, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_are_fp32_under_autocast():
@@ -217,7 +203,7 @@ def test_negative_classes_of_three_classes():
 @pytest.mark.parametrize("strong_on", ["student", "teacher"])
 def test_supervised_loss_of_stage_two_is_on_the_view_of_the_student(strong_on, tiny, monkeypatch):
     trainer = build(tiny, strong_on=strong_on)
-    monkeypatch.setattr(trainer.method, "_strong_view", lambda images: images.roll(1, -1))
+    monkeypatch.setattr(action, "apply_jitter", lambda images, drawn: images.roll(1, -1))
     batch = make_batch(trainer)
     view = batch["data"].roll(1, -1) if strong_on == "student" else batch["data"]
     expected = trainer.loss(trainer.network(view), batch["target"])
@@ -230,11 +216,12 @@ def test_rows_means_and_pseudo_label_loss_are_fp32_under_autocast():
     positions, members = torch.arange(100), torch.rand(3, 128) < 0.5
     logits = torch.randn(2, 3, 8, 8).bfloat16()
     target = PseudoLabel(torch.ones(2, 1, 8, 8).long(), torch.ones(2, 1, 8, 8))
-    rows, loss = head.rows(features, positions), confidence_weighted_cross_entropy(logits, target, 0.9, False)[0]
+    arguments = logits, target, 0.9, torch.ones(3), False
+    rows, loss = head.rows(features, positions), confidence_weighted_cross_entropy(*arguments)[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(head.rows(features, positions), rows)
         assert head.class_means(features, members).dtype == torch.float32
-        assert torch.equal(confidence_weighted_cross_entropy(logits, target, 0.9, False)[0], loss)
+        assert torch.equal(confidence_weighted_cross_entropy(*arguments)[0], loss)
 
 
 def test_similar_means_and_a_low_temperature_leave_a_distribution():
