@@ -110,7 +110,7 @@ def slow_terms(trainer, batch, noise_teacher, noise_student) -> dict[str, torch.
 
 @task
 def test_terms_and_gradients_equal_the_equations(configuration, kind, datasets, use):
-    trainer = build(use(datasets(kind)), configuration, proj_dropout=0.0)
+    trainer = build(use(datasets(kind)), configuration, proj_dropout=0.0, preset="published")
     part_from_teacher(trainer)
     batch = make_batch(trainer)
     found = terms(trainer, batch, progress=0.3)
@@ -263,10 +263,13 @@ def test_partners_are_the_same_slice_of_the_same_class(settings, datasets, use, 
         assert len(found) == settings.get("num_slices", 32) and found <= possible[k]
 
 
-def test_a_single_slice_has_no_contrast(tiny):
+def test_a_single_slice_has_no_contrast(tiny, monkeypatch):
     trainer = build(tiny, "2d", unlabeled_batch_size=1)
+    monkeypatch.setattr(trainer, "_prepare_unlabeled_cases", lambda: pytest.fail("preprocessed first"))
     with pytest.raises(InputError, match="unlabeled_batch_size"):
-        terms(trainer, make_batch(trainer))
+        trainer.on_train_start()
+    assert build(tiny, "2d", unlabeled_batch_size=1, lam=0.0).method.unfit_batch(2, 1) is None
+    assert build(tiny).method.unfit_batch(2, 1) is None, "a volume has many slices"
 
 
 def test_changed_layers_are_named_on_resume(tiny, tmp_path):
@@ -305,6 +308,7 @@ def test_diagnostics_are_the_shares_they_name(tiny, monkeypatch):
         heads["projection"].forward = lambda slices, found=found: found
     trainer.method._unlabelled_terms(trainer.network, torch.zeros(2, 1, 16, 16, 16), {"contrast": 0.5, "con": 0.1})
     shares = {name: float(value) for name, value in trainer.method.diagnostics.items()}
+    assert shares.pop("share_volume_1") == 0.5, "of the teacher"
     assert shares == {"share_teacher_student_agreement": 0.5, "share_slices_matched": 0.25}
 
 
@@ -320,7 +324,7 @@ def test_backbone_dropout_is_in_every_pass_with_its_own_mask(tiny, monkeypatch):
 
 
 def test_psi_and_what_it_ramps(tiny):
-    trainer = build(tiny)
+    trainer = build(tiny, preset="published")
     batch = make_batch(trainer)
     for progress, factor in ((0.0, math.exp(-5)), (0.5, 0.2865), (1.0, 1.0)):
         weights = {name: weight for name, (weight, _) in terms(trainer, batch, progress).items()}

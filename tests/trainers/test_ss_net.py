@@ -522,7 +522,7 @@ def test_terms_come_in_order_and_labelled_last(tiny):
 
 @pytest.mark.parametrize(("step", "ramp"), [(0, math.exp(-5)), (3000, 0.2865), (6000, 1.0), (15000, 1.0)])
 def test_weights_follow_the_published_ramp(tiny, step, ramp):
-    trainer = build(tiny, lambda_max=0.8, unlabeled_batch_size=6)
+    trainer = build(tiny, lambda_max=0.8, unlabeled_batch_size=6, ramp_fraction=0.4)
     found = {n: w for n, (w, _) in terms(trainer, make_batch(trainer), progress=step / 15000).items()}
     expected = {"separation_unlabelled": 0.08, "separation_labelled": 0.08}
     expected |= {"smoothness_unlabelled": 0.8 * 6 / 8, "smoothness_labelled": 0.8 * 2 / 8}
@@ -679,7 +679,7 @@ def test_heads_are_optimised_and_diagnostics_logged(tiny):
     assert all(not torch.equal(before[k], v) for k, v in trainer.method.named_parameters() if "weight" in k)
     row = trainer.training_log.end_epoch(0)
     shares = {k: v for k, v in row.items() if k.startswith("share_")}
-    assert len(shares) == 5 and all(0 <= v <= 1 for v in shares.values())
+    assert len(shares) == 6 and all(0 <= v <= 1 for v in shares.values())
     assert shares["share_direction_found_labelled"] == shares["share_direction_found_unlabelled"] == 1
     assert shares["share_of_prototypes_filled"] > 0
 
