@@ -29,7 +29,7 @@ def results(filled, tmp_path):
     return tmp_path / "results"
 
 
-@pytest.mark.parametrize("folder", ["results", "results/archive_1250"])
+@pytest.mark.parametrize("folder", ["results", "results/archive_1250", "results/study_hippocampus"])
 def test_the_repositorys_pages_and_pictures_are_those_of_its_numbers(folder):
     results, texts = REPOSITORY / folder, report.texts(REPOSITORY / folder)
     command = f"nnUNetv2_semisup_benchmark --report --results {folder}"
@@ -40,7 +40,7 @@ def test_the_repositorys_pages_and_pictures_are_those_of_its_numbers(folder):
     assert plots.stale(results) == [], f"stale pictures: run {command}"
 
 
-@pytest.mark.parametrize("folder", ["results", "results/archive_1250"])
+@pytest.mark.parametrize("folder", ["results", "results/archive_1250", "results/study_hippocampus"])
 def test_the_repositorys_grids_can_be_read(folder):
     file = REPOSITORY / folder / "grid.yaml"
     assert grid.expand(grid.read(file), lambda dataset: f"Dataset{dataset}_X", str(file))
