@@ -41,8 +41,8 @@ class AgreeMixSettings(SemiSupSettings):
     paste_probability: float = setting(
         0.5, "ours: of a patch to be mixed with a labelled one", "probability", within="[0, 1]"
     )
-    flip: bool = setting(True, "study")
-    agree: bool = setting(True, "study")
+    flip: bool = setting(True, "ours: the teacher predicts a mirror image as well; false for ablations")
+    agree: bool = setting(True, "ours: classes count by the agreement of both; false for ablations")
     box_volume: tuple[float, ...] = setting(
         (0.1, 0.5), "ours: smallest and largest box", "share of the patch", within="(0, 1]"
     )
