@@ -66,7 +66,7 @@ def test_loss_scale_does_not_matter_in_fp32():
         parameter.grad = torch.ones_like(parameter)
 
     def discrepancy(noise):
-        return squared_dice(probabilities(network(images + noise), False), clean, 1e-5)
+        return squared_dice(probabilities(network(images + noise), False), clean, 1e-5).mean()
 
     one, found = adversarial_directions(discrepancy, start, 1.0, loss_scale=1.0)
     large, _ = adversarial_directions(discrepancy, start, 1.0, loss_scale=65536.0)

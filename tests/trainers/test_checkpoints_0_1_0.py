@@ -20,7 +20,7 @@ def resume(tiny, tmp_path):
         file.write_bytes(lzma.decompress((FOLDER / f"{name}.pth.xz").read_bytes()))
         saved = torch.load(file, weights_only=False)
         plans = copy.deepcopy(saved["init_args"]["plans"])
-        plans["semisup"][name]["preset"] = "published"  # the defaults of 0.1.0
+        plans["semisup"][name]["preset"] = "published"  # no burn-in, as in 0.1.0
         trainer = tiny.trainer(name, "2d", plans=plans, resume=True)
         trainer.load_checkpoint(str(file))
         return trainer, saved
