@@ -104,6 +104,7 @@ class SliceProjection(nn.Module):
 
     def forward(self, slices: Tensor) -> Tensor:
         """(..., H, W) float32 to (..., out_features)."""
-        dropped = F.alpha_dropout(slices, self.dropout, training=True)
+        # Contiguous: the mask follows the order in memory, which differs between precisions.
+        dropped = F.alpha_dropout(slices.contiguous(), self.dropout, training=True)
         pooled = F.adaptive_avg_pool2d(dropped.flatten(0, -3), self.pool_size)
         return self.layers(pooled.flatten(1)).unflatten(0, slices.shape[:-2])
