@@ -132,7 +132,7 @@ def test_rows_of_unequal_batches_are_gathered_in_order(tmp_path):
 
 def step_through_the_stages(rank: int, folder: Path, variables: dict, dataset, name: str) -> None:
     """One step per stage, each process on a batch of its own."""
-    trainer = build_on_rank(rank, variables, dataset, 5, name, num_epochs=4)
+    trainer = build_on_rank(rank, variables, dataset, 5, name, num_epochs=4, preset="published")
     for epoch in range(3):
         trainer.current_epoch = epoch
         torch.manual_seed(10 * epoch + rank)
