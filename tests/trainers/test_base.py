@@ -471,3 +471,13 @@ def test_a_class_that_vanishes_from_the_pseudo_labels_counts_less(tiny, monkeypa
     assert trainer.method.head_weights.tolist() == pytest.approx([1e-4 / (0.5 * labelled)] * 2, rel=1e-4)
     log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text()
     assert log.count("WARNING: organ vanishes from the pseudo-labels") == 1
+
+
+def test_what_a_method_declares_unsupported_is_refused_by_name_before_any_work(datasets, use, monkeypatch):
+    trainer = use(datasets("regions")).trainer(NAME)
+    reason = classmethod(lambda cls, task, settings: "no regions yet: train labels" if task.has_regions else None)
+    monkeypatch.setattr(trainer.method_class, "unsupported", reason)
+    with pytest.raises(NotImplementedError, match=f"{NAME}: no regions yet: train labels"):
+        trainer.initialize()
+    other = use(datasets("2 classes")).trainer(NAME)
+    other.initialize()
