@@ -2,7 +2,7 @@
 
 Ours. Its parts are known: the moving-average teacher (Tarvainen & Valpola, NeurIPS 2017), hard pseudo-labels above a
 threshold under strong views (FixMatch: Sohn et al., NeurIPS 2020), and patches pasted between labelled and unlabelled
-images (BCP: Bai et al., CVPR 2023). docs/methods/agree_mix.md has the study that chose them.
+images (BCP: Bai et al., CVPR 2023). docs/methods/agree_mix.md says what is known.
 """
 
 from __future__ import annotations
