@@ -1,9 +1,10 @@
 """Time and memory of one training step of every trainer, over the stock step on the same plans, in one process.
 
 The steps are nnU-Net's and ours as they are trained (loss, backward, clipping, optimiser, teacher), on random batches
-that lie ready: loaders are left out. A method may cost more or less in the course of training, so its time is the mean
-over four points of it. Trainers take turns, step by step, so that other load on the machine hits all of them; a ratio
-is the median over rounds of the method's time over the stock step's in the same round.
+that lie ready: loaders are left out. So is the burn-in, whose steps are stock nnU-Net's. A method may cost more or less
+in the course of training, so its time is the mean over four points of it. Trainers take turns, step by step, so that
+other load on the machine hits all of them; a ratio is the median over rounds of the method's time over the stock step's
+in the same round.
 
 Peak memory: CUDA's ``max_memory_allocated``; on the CPU what torch allocated at most in one step (profiler) beside the
 weights, optimiser state and batch that were there before. Scratch space inside oneDNN is in neither number.
@@ -84,7 +85,7 @@ def build(dataset: str, configuration: str, plans: str, name: str, device: str) 
     trainer.print_to_log_file = lambda *arguments, **options: None
     trainer.network.train()
     if is_ours(trainer):
-        trainer.method.reset(trainer.bare_network)
+        trainer.begin_terms()
         trainer.method.train()
     return trainer
 
@@ -113,6 +114,8 @@ def random_batch(trainer: nnUNetTrainer, seed: int = 0) -> dict:
         count = trainer._unlabeled_batch_size()
         data = torch.randn((count, *size[1:]), generator=generator)
         batch["unlabelled"] = {"data": data, "keys": ["case"] * count}
+        if trainer.method.wants_partners:
+            batch["unlabelled"]["partners"] = torch.randn(data.shape, generator=generator)
         if transform := trainer.method.labelled_transform():
             batch |= transform(batch)
     return batch

@@ -395,12 +395,18 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if self._labelled_volumes and not any(map(math.isnan, volumes)):
             messages += self._start.note_volumes(mean_over_processes(volumes), self._labelled_volumes)
         if self._start.started and not was_started:
-            self._prepare_terms()
-            self.method.reset(self.bare_network)
+            self.begin_terms()
         else:
             self._weigh_heads()
         for message in messages:
             self.print_to_log_file(message)
+
+    def begin_terms(self) -> None:
+        """The next step is the first with the method's terms, of all classes if the burn-in has not decided that."""
+        if not self._start.started:
+            self._start.start_at(self._steps[0])
+        self._prepare_terms()
+        self.method.reset(self.bare_network)
 
     def _prepare_terms(self) -> None:
         """Before the first step with the method's terms. Until then the step is nnU-Net's, the weights' layout too."""

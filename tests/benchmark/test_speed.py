@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_semisup import discovery
 from nnunetv2_semisup.benchmark import speed
@@ -48,9 +49,16 @@ def test_peak_on_the_cpu_is_what_a_step_holds_at_once():
 @pytest.mark.parametrize("kind", ["regions", "4 classes"])
 def test_random_batches_fit(datasets, use, kind, name):
     dataset = use(datasets(kind))
-    trainer = speed.build(dataset.name, "2d", "nnUNetPlans", name, "cpu")
-    speed.step(trainer, speed.random_batch(trainer), 0.9)
+    stock, trainer = (speed.build(dataset.name, "2d", "nnUNetPlans", n, "cpu") for n in ("nnUNetTrainer", name))
+    operations = [_operations(t) for t in (stock, trainer)]
     assert trainer.current_epoch == int(0.9 * trainer.num_epochs)
+    assert operations[1] > 1.5 * operations[0], "the step is the method's, not the burn-in's"
+
+
+def _operations(trainer):
+    with FlopCounterMode(display=False) as counter:
+        speed.step(trainer, speed.random_batch(trainer), 0.9)
+    return counter.get_total_flops()
 
 
 def test_estimate_of_a_run_that_nobody_has_seen(tiny):
