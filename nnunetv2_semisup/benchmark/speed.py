@@ -113,9 +113,10 @@ def random_batch(trainer: nnUNetTrainer, seed: int = 0) -> dict:
     if is_ours(trainer):
         count = trainer._unlabeled_batch_size()
         data = torch.randn((count, *size[1:]), generator=generator)
-        batch["unlabelled"] = {"data": data, "keys": ["case"] * count}
+        unlabelled = {"data": data, "keys": ["case"] * count}
         if trainer.method.wants_partners:
-            batch["unlabelled"]["partners"] = torch.randn(data.shape, generator=generator)
+            unlabelled["partners"] = torch.randn(data.shape, generator=generator)
+        batch["unlabelled"] = unlabelled
         if transform := trainer.method.labelled_transform():
             batch |= transform(batch)
     return batch
