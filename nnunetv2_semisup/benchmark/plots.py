@@ -1,4 +1,4 @@
-"""Pictures of a results folder: label efficiency, differences to stock with intervals, every case, and overlays.
+"""Pictures of a results folder: label efficiency, differences to stock, every case, learning curves, and overlays.
 
 Overlays show image data, whose terms may not allow passing it on: they go into the work folder, never into ``results``.
 """
@@ -82,6 +82,7 @@ def digest(comparisons: list[Comparison]) -> str:
     for c in comparisons:
         numbers = [*c.dice, c.p, *c.cases.sort_index().to_numpy().ravel()]
         numbers += [n for d in (c.difference, c.equal_compute) if d is not None for n in astuple(d)]
+        numbers += [n for curve in c.curves for n in curve.to_numpy(float).ravel()]
         texts = [*map(str, c.setting.values()), c.trainer, *map(str, c.runs), c.verdict, str(c.equal_compute_steps)]
         content.append([*texts, *(f"{n:.4f}" for n in numbers)])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -109,6 +110,11 @@ def _pictures(comparisons: list[Comparison]) -> Pictures:
             if any(c.difference for c in of_budget):
                 caption = f"Test Dice of every case, {labelled} labelled: {what}. Mean over runs."
                 pictures[f"cases__{labelled}_labelled__{file}"] = caption, draw_cases, of_budget
+            if with_curves := [c for c in of_budget if c.curves]:
+                caption = (
+                    f"Learning curves, {labelled} labelled: {what}. Every run is a line; nothing of the test cases."
+                )
+                pictures[f"curves__{labelled}_labelled__{file}"] = caption, draw_curves, with_curves
     return pictures
 
 
@@ -230,6 +236,39 @@ def draw_cases(comparisons: list[Comparison]) -> Figure:
     for axis in axes[::columns]:
         axis.set_ylabel("test Dice in %, method")
     figure.suptitle(f"{table.place(s)}, {s['labeled']} labelled, {s['steps']:,} steps", fontsize="medium")
+    return figure
+
+
+def draw_curves(comparisons: list[Comparison]) -> Figure:
+    """Over the epochs, a line per run: online Dice, share of kept pseudo-labels, volume of the classes in them."""
+    panels = {
+        "online Dice, mean of classes": "online_dice_",
+        "share of pseudo-labels kept": "share_kept",
+        "share of voxels, all classes,\nin the pseudo-labels": "share_volume_",
+    }
+    drawn: dict[str, list[tuple[str, pd.Series]]] = {}
+    for c in comparisons:
+        for curve in c.curves:
+            for title, prefix in panels.items():
+                columns = curve[[name for name in curve if name.startswith(prefix)]]
+                if columns.shape[1]:
+                    line = columns.mean(axis=1) if title.startswith("online") else columns.sum(axis=1, min_count=1)
+                    drawn.setdefault(title, []).append((c.trainer, line))
+    figure = Figure(figsize=(8.6, 0.6 + 2.5 * len(drawn)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, (title, lines) in zip(axes, drawn.items(), strict=True):
+        for trainer, line in lines:
+            axis.plot(line.index + 1, line, color=look(trainer)[0], linewidth=1.2)
+        axis.set_ylabel(title, fontsize="small")
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("epochs done")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles = [Line2D([], [], color=look(t)[0], label=_short(t)) for t in _trainers(comparisons)]
+    figure.legend(handles=handles, loc="outside right upper", fontsize="small")
+    s = comparisons[0].setting
+    on = "training cases" if s["fold"] == "all" else "validation cases"
+    figure.suptitle(f"{table.place(s)}, {s['labeled']} labelled; online Dice on {on}", fontsize="medium")
     return figure
 
 

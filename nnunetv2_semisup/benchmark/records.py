@@ -160,7 +160,7 @@ RUN_COLUMNS = (
 
 
 def collect(work: WorkFolder, results: Path) -> int:
-    """Write ``results/runs.csv`` and ``results/cases/<run>.csv`` from all records of ``work``.
+    """Write ``runs.csv``, ``cases/<run>.csv`` and ``curves/<run>.csv`` in ``results`` from all records of ``work``.
 
     Rows of other runs that are there already, made on another machine perhaps, stay. Returns the number of runs now in
     the table.
@@ -178,6 +178,9 @@ def collect(work: WorkFolder, results: Path) -> int:
                 for case in part["cases"]
             ]
             write_csv(results / "cases" / f"{record['run']}.csv", CASE_COLUMNS, cases)
+            if curve := record.get("curve"):  # not in records of earlier versions
+                columns = list(dict.fromkeys(key for row in curve for key in row))
+                write_csv(results / "curves" / f"{record['run']}.csv", columns, curve)
         rows.sort(key=lambda row: (row["run"], row["inference"], row["postprocessing"] != "none"))
         write_csv(results / "runs.csv", RUN_COLUMNS, rows)
     return len({row["run"] for row in rows})

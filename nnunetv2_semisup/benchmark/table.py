@@ -8,9 +8,10 @@ are one comparison per trainer, plans, length, fold, inference and post-processi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class Comparison:
         dice: of each of ``runs``, mean over cases.
         failures, masks: over all runs: masks of which exactly one of prediction and reference is empty, and all.
         cases: Dice of each case (rows) and data set (columns), mean over labels and seeds.
+        curves: of those of ``runs`` that have one, a row per epoch, see :func:`worker.curve`.
         cost: a step's time over the stock step's; NaN where no row of ``speed.csv`` is of a machine of the runs.
         difference: to the baseline; None without one.
         p: of the difference, corrected for the number of methods in the setting (Holm).
@@ -85,6 +87,7 @@ class Comparison:
     verdict: str = ""
     equal_compute: Difference | None = None
     equal_compute_steps: int = 0
+    curves: tuple[pd.DataFrame, ...] = field(default=(), repr=False)
 
     @property
     def subsets(self) -> tuple[str, ...]:
@@ -98,8 +101,10 @@ class Comparison:
 
 
 def load(results: Path) -> list[Comparison]:
-    """All comparisons of a results folder, from ``runs.csv``, ``cases`` and ``speed.csv``."""
-    return compare(*read(results), records.read_csv(results / "speed.csv"))
+    """All comparisons of a results folder, from ``runs.csv``, ``cases``, ``curves`` and ``speed.csv``."""
+    runs, cases = read(results)
+    curves = {file.stem: pd.read_csv(file) for file in sorted((results / "curves").glob("*.csv"))}
+    return compare(runs, cases, records.read_csv(results / "speed.csv"), curves)
 
 
 def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -130,12 +135,18 @@ def read(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return runs, pd.concat(cases, ignore_index=True) if cases else pd.DataFrame()
 
 
-def compare(runs: pd.DataFrame, cases: pd.DataFrame, speeds: Sequence[dict] = ()) -> list[Comparison]:
+def compare(
+    runs: pd.DataFrame,
+    cases: pd.DataFrame,
+    speeds: Sequence[dict] = (),
+    curves: Mapping[str, pd.DataFrame] = MappingProxyType({}),
+) -> list[Comparison]:
     """All comparisons, ordered by setting, the baseline first.
 
     Args:
         runs, cases: see :func:`read`.
         speeds: rows of ``speed.csv``.
+        curves: run -> its training, a row per epoch.
     """
     if runs.empty:
         return []
@@ -148,7 +159,8 @@ def compare(runs: pd.DataFrame, cases: pd.DataFrame, speeds: Sequence[dict] = ()
         alone = []
         for (trainer, epochs, steps), made in of_place.groupby(["trainer", "epochs", "steps"], sort=False):
             setting = {**dict(zip(PLACE, place, strict=True)), "epochs": epochs, "steps": steps}
-            alone.append(_alone(setting, trainer, made, rows[trainer, epochs, steps], speeds))
+            known = _alone(setting, trainer, made, rows[trainer, epochs, steps], speeds)
+            alone.append(replace(known, curves=tuple(curves[run] for run in made["run"] if run in curves)))
         comparisons += _against_stock(alone)
     return sorted(comparisons, key=_order)
 

@@ -114,12 +114,27 @@ def train(run: Run, device: str) -> dict:
         "peak_memory_mb": round(peak_memory_mb(device)),
         "threads": torch.get_num_threads(),
         "loader_processes": get_allowed_n_proc_DA(),
+        "curve": curve(trainer),
     }
     del trainer
     gc.collect()  # prediction needs the memory
     if device == "cuda":
         torch.cuda.empty_cache()
     return measured
+
+
+def curve(trainer) -> list[dict[str, float | None]]:
+    """A row per epoch: nnU-Net's losses and online Dice per class, and what a trainer of ours logged; None for NaN."""
+    losses = (trainer.logger.get_value(key, None) for key in ("train_losses", "val_losses"))
+    dice = trainer.logger.get_value("dice_per_class_or_region", None)
+    rows: list[dict[str, float]] = []
+    for epoch, (train_loss, val_loss, of_classes) in enumerate(zip(*losses, dice, strict=True)):
+        numbers = {"train_loss": train_loss, "val_loss": val_loss}
+        numbers |= {f"online_dice_{i}": value for i, value in enumerate(of_classes, 1)}
+        rows.append({"epoch": epoch, **numbers})
+    if hasattr(trainer, "training_log"):
+        rows = [row | ours for row, ours in zip(rows, trainer.training_log.rows, strict=True)]
+    return [{key: None if isnan(value) else round(float(value), 6) for key, value in row.items()} for row in rows]
 
 
 def _note_ends_of_steps(trainer) -> list[float]:

@@ -38,8 +38,9 @@ def rows(work: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in records.read_csv(work / "results/runs.csv")]
 
 
-def cases(work: Path) -> dict[str, str]:
-    return {file.name: file.read_text() for file in (work / "results" / "cases").iterdir()}
+def texts(work: Path) -> dict[str, str]:
+    """Files of ``cases`` and ``curves``."""
+    return {f"{file.parent.name}/{file.name}": file.read_text() for file in work.glob("results/c*/*.csv")}
 
 
 def children(pid: int) -> list[int]:
@@ -81,7 +82,9 @@ def test_killed_three_times_and_restarted(benchmark_data, tmp_path, monkeypatch)
 
     assert len(rows(whole)) == 4  # two seeds, with and without the largest component
     assert rows(killed) == rows(whole)
-    assert cases(killed) == cases(whole)
+    assert texts(killed) == texts(whole) and len(texts(whole)) == 4
+    curve = records.read_csv(next(whole.glob("results/curves/*seed0.csv")))
+    assert len(curve) == 1 and float(curve[0]["train_loss"]) == pytest.approx(float(curve[0]["loss_supervised"]), 1e-4)
     dice = {row["seed"]: row["dice"] for row in rows(whole)}
     assert dice["0"] != dice["1"], "seeds differ, or equal rows would mean nothing"
     assert not list(killed.rglob("*.tmp"))

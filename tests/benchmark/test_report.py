@@ -90,6 +90,28 @@ def test_changed_numbers_make_pages_and_pictures_stale(results):
     assert report.texts(results)[results / "README.md"] != text(results / "README.md")
 
 
+def test_learning_curves(filled, results):
+    """Stock logs the online Dice; a method its pseudo-labels as well, from its start on."""
+    for trainer in ("nnUNetTrainer", "nnUNetTrainerMeanTeacher"):
+        run = make_run(dataset="Dataset904_Tiny", trainer=trainer, seed=1, inference=("nnunet", "literature"))
+        record = filled.read(run)
+        rows = [{"epoch": i, "online_dice_1": 0.1 * i, "online_dice_2": None} for i in range(5)]
+        if trainer != "nnUNetTrainer":
+            rows[4:] = [{**rows[4], "share_kept": 0.5, "share_volume_1": 0.1}]
+        records.write(filled.record(run), record | {"curve": rows})
+    records.collect(filled, results)
+    files = sorted((results / "curves").iterdir())
+    assert len(files) == 2 and files[0].read_text().splitlines()[2] == "1,0.100000,,,"
+    new = [name for name in plots.stale(results) if name.startswith("curves__4_labelled__Tiny")]
+    assert len(new) == 1
+    report.write(results, None)
+    drawn = imread(results / "plots" / new[0])
+    assert plots.stale(results) == [] and drawn[..., :3].std() > 0.05
+    assert f"(plots/{new[0]})" in text(results / "README.md")
+    files[1].write_text(files[1].read_text().replace("0.400000", "0.300000"))
+    assert new[0] in plots.stale(results)
+
+
 def test_a_missing_file_of_cases_is_named(results):
     next((results / "cases").iterdir()).unlink()
     with pytest.raises(InputError, match=r"cases/Dataset9.*seed\d\.csv is missing"):
