@@ -130,9 +130,10 @@ def test_gradients_under_mixed_precision(build, name):
             if group is None:
                 break
             assert all(torch.isfinite(value) for _, value in group.values())
-            trainer.network.zero_grad()
+            both = torch.nn.ModuleDict({"network": trainer.network, "method": trainer.method})
+            both.zero_grad()
             sum(weight * value for weight, value in group.values()).backward()
-            trained[-1].append({k: p.grad for k, p in trainer.network.named_parameters() if p.grad is not None})
+            trained[-1].append({k: p.grad for k, p in both.named_parameters() if p.grad is not None})
     for exact, rounded in zip(*trained, strict=True):
         assert exact.keys() == rounded.keys()
         a, b = (torch.cat([g.flatten() for g in found.values()]) for found in (exact, rounded))

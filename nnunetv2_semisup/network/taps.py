@@ -4,6 +4,7 @@ The only place that walks through nnU-Net's decoder. ``decode(network, encode(ne
 for PlainConvUNet and ResidualEncoderUNet, with and without deep supervision.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -55,6 +56,11 @@ def logits_of(network: nn.Module, skips: list[Tensor]) -> Tensor:
     return full_resolution(decode(network, skips)[0])
 
 
+def segment(network: nn.Module, features: Tensor) -> Tensor:
+    """Full-resolution logits (B, heads, X, Y, Z) of the last features that :func:`decode` returns."""
+    return _decoder(network).seg_layers[-1](features)
+
+
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """Full-resolution logits (B, heads, X, Y, Z) of ``images``, whether deep supervision is on or not."""
     return logits_of(network, encode(network, images))
@@ -98,6 +104,18 @@ def use_channels_last(network: nn.Module, *others: nn.Module) -> None:
     is_3d = any(parameter.dim() == 5 for parameter in network.parameters())
     for module in (network, *others):
         module.to(memory_format=torch.channels_last_3d if is_3d else torch.channels_last)
+
+
+@torch.no_grad()
+def reinitialise(network: nn.Module, only_decoder: bool = False) -> None:
+    """Give the network, or its decoder, fresh weights as nnU-Net draws them."""
+    module = _decoder(network) if only_decoder else network
+    planned: Any = network
+    layers: Iterable[Any] = module.modules()
+    for layer in layers:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    module.apply(planned.initialize)
 
 
 def check_supported(network: nn.Module) -> None:

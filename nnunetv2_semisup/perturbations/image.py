@@ -174,6 +174,37 @@ def draw_boxes(images: Tensor, probability: float, volume: Sequence[float]) -> T
     return mask
 
 
+@torch.no_grad()
+def mixed_strong_view(
+    images: Tensor,
+    partners: Tensor,
+    intensity_probability: float,
+    blur_probability: float,
+    bias_field: bool,
+    box_probability: float,
+    box_volume: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """A strong view of ``images`` with a box of a strong view of ``partners``, and the box; the geometry stays.
+
+    Args:
+        images, partners: (B, C, X, Y, Z).
+        intensity_probability, blur_probability, bias_field: see :func:`draw_strong_view`.
+        box_probability, box_volume: see :func:`draw_boxes`.
+
+    Returns:
+        (B, C, X, Y, Z) float32 and (B, 1, X, Y, Z) bool, True inside the box.
+    """
+
+    def strong(patches: Tensor) -> Tensor:
+        return apply_strong_view(
+            patches, draw_strong_view(patches, intensity_probability, blur_probability, bias_field)
+        )
+
+    inside, outside = strong(partners), strong(images)
+    box = draw_boxes(images, box_probability, box_volume)
+    return torch.where(box, inside, outside), box
+
+
 def _per_sample(values: Tensor, images: Tensor) -> Tensor:
     """(B,) as (B, 1, 1, 1, 1)."""
     return values.reshape(-1, *[1] * (images.ndim - 1))

@@ -324,7 +324,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self._enter_stage()
         self.method.ramp = ramp = self._start.ramp(*self._steps)
         for group in self.method.losses(self.bare_network, labelled, unlabelled, self.progress):
-            yield {k: (w if k == "supervised" else w * ramp, value) for k, (w, value) in group.items()}
+            yield {k: (w if k.startswith("supervised") else w * ramp, v) for k, (w, v) in group.items()}
 
     def _enter_stage(self) -> None:
         stage = self.method.stage(self.progress)
@@ -407,6 +407,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self._start.start_at(self._steps[0])
         self._prepare_terms()
         self.method.reset(self.bare_network)
+        broadcast_state(self.bare_network, self.method)
 
     def _prepare_terms(self) -> None:
         """Before the first step with the method's terms. Until then the step is nnU-Net's, the weights' layout too."""

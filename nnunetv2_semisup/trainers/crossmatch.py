@@ -19,7 +19,7 @@ from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, kept, masked_dice, mix, pseudo_label
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.perturbations.feature import draw_channel_masks, drop_channels
-from nnunetv2_semisup.perturbations.image import apply_strong_view, draw_boxes, draw_strong_view
+from nnunetv2_semisup.perturbations.image import mixed_strong_view
 from nnunetv2_semisup.schedules import sigmoid_ramp_up
 from nnunetv2_semisup.settings import SemiSupSettings, setting
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
@@ -167,20 +167,13 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
             "decoder_2": dice(strong, labels[2]),
         }
 
-    @torch.no_grad()
     def _strong_view(self, patches: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
-        """A strong view of u with a box of a strong view of m, and the box. Geometry is that of u."""
+        """A strong view of u with a box of a strong view of m, and the box."""
         s = self.settings
-
-        def strong(images: Tensor) -> Tensor:
-            view = draw_strong_view(
-                images, s.strong_intensity_probability, s.strong_blur_probability, s.strong_bias_field
-            )
-            return apply_strong_view(images, view)
-
-        inside, outside = strong(partners), strong(patches)
-        box = draw_boxes(patches, s.box_probability, s.box_volume)
-        return torch.where(box, inside, outside), box
+        probabilities = s.strong_intensity_probability, s.strong_blur_probability
+        return mixed_strong_view(
+            patches, partners, *probabilities, s.strong_bias_field, s.box_probability, s.box_volume
+        )
 
     def _feature_views(self, skips: list[Tensor]) -> list[list[Tensor]]:
         """The skips with weak and with strong channel dropout."""

@@ -52,7 +52,8 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
     Attributes:
         diagnostics: scalars of the step for the log, no gradient; shares in [0, 1] are named ``share_<what>``. The
             trainer empties it before each step.
-        ramp: of the step, in [0, 1]; the trainer multiplies the weights of all terms but "supervised" with it.
+        ramp: of the step, in [0, 1]; the trainer multiplies all weights with it, but for terms named
+            ``supervised...``, which learn from labels.
         head_weights: (heads,) in [0, 1]: how much each head counts in the terms that rest on predictions. All 1 unless
             the trainer's burn-in or guards say otherwise; the trainer sets and saves it.
     """
