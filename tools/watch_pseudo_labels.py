@@ -163,6 +163,7 @@ def main() -> int:
     add("-o", dest="output", type=Path, required=True)
     given = parser.parse_args()
 
+    from matplotlib import style
     from nnunetv2.run.run_training import get_trainer_from_args
 
     from nnunetv2_semisup.benchmark.worker import seed_everything
@@ -186,7 +187,8 @@ def main() -> int:
     records.write_csv(given.output / "pseudo_labels.csv", list(watch.rows[-1]), watch.rows)
     epochs = [row["epoch"] for row in watch.rows]
     chosen = sorted({epochs[round(q * (len(epochs) - 1))] for q in (0, 0.1, 0.25, 0.5, 1)})
-    draw(given.output / "pseudo_labels.png", cases[:3], chosen)
+    with style.context("default"):  # nnU-Net's plot leaves seaborn's settings
+        draw(given.output / "pseudo_labels.png", cases[:3], chosen)
     return 0
 
 

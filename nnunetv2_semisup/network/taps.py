@@ -4,9 +4,8 @@ The only place that walks through nnU-Net's decoder. ``decode(network, encode(ne
 for PlainConvUNet and ResidualEncoderUNet, with and without deep supervision.
 """
 
-from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,13 +108,14 @@ def use_channels_last(network: nn.Module, *others: nn.Module) -> None:
 @torch.no_grad()
 def reinitialise(network: nn.Module, only_decoder: bool = False) -> None:
     """Give the network, or its decoder, fresh weights as nnU-Net draws them."""
-    module = _decoder(network) if only_decoder else network
-    planned: Any = network
-    layers: Iterable[Any] = module.modules()
-    for layer in layers:
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-    module.apply(planned.initialize)
+    decoder, planned = _decoder(network), cast(Any, network)
+    # nnU-Net's decoder has the encoder as a submodule.
+    parts = (decoder.stages, decoder.transpconvs, decoder.seg_layers) if only_decoder else (planned,)
+    for part in parts:
+        for layer in part.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        part.apply(planned.initialize)
 
 
 def check_supported(network: nn.Module) -> None:
