@@ -1,6 +1,6 @@
 """Pseudo-labels against the hidden truth, epoch by epoch: trains, and predicts some unlabelled cases as it goes.
 
-    python -m tools.watch_pseudo_labels DATASET -tr nnUNetTrainerAgreeMix -p small -c 2d --truth LABELS -o OUT
+    python -m tools.watch_pseudo_labels DATASET -tr nnUNetTrainerPasteMatch -p small -c 2d --truth LABELS -o OUT
 
 Nothing of the truth reaches the training. OUT gets ``pseudo_labels.csv`` (Dice of student and teacher, share of voxels
 that the method's thresholds keep and their accuracy, by class, means over cases) and ``pseudo_labels.png``, which shows
@@ -153,7 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", help="full name, e.g. Dataset704_Hippocampus, preprocessed")
-    add("-tr", default="nnUNetTrainerAgreeMix", help="with its number of epochs (default: %(default)s)")
+    add("-tr", default="nnUNetTrainerPasteMatch", help="with its number of epochs (default: %(default)s)")
     add("-p", default="nnUNetPlans")
     add("-c", default="3d_fullres")
     add("-device", default="cpu")

@@ -34,7 +34,7 @@ from nnunetv2_semisup.files import read_json, whole_file
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
 KNOWN = (
-    *("MeanTeacher", "CrossMatch", "SSNet", "SimCVD", "ACTION", "ACTIONPlusPlus", "AgreeMix", "UAMT", "CPS", "BCP"),
+    *("MeanTeacher", "CrossMatch", "SSNet", "SimCVD", "ACTION", "ACTIONPlusPlus", "PasteMatch", "UAMT", "CPS", "BCP"),
     "UniMatch",
 )
 TRUTH, PREDICTION = "#E69F00", "#56B4E9"

@@ -121,7 +121,6 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             has_regions=self.label_manager.has_regions,
             ignore_label=self.label_manager.ignore_label,
             patch_size=tuple(self.configuration_manager.patch_size),
-            mirror_axes=tuple(self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] or ()),
             spacing_mm=tuple(self.configuration_manager.spacing),
             is_ct="CTNormalization" in self.configuration_manager.normalization_schemes,
         )

@@ -28,7 +28,6 @@ class TaskInfo:
         has_regions: True for region-based (sigmoid) training.
         ignore_label: value in the labelled target that carries no label, or None. Predictions never contain it.
         patch_size: voxels per axis, 2 or 3 entries.
-        mirror_axes: axes along which nnU-Net mirrors patches in training; empty where it does not.
         spacing_mm: voxel size per axis of the patch.
         is_ct: nnU-Net normalises a channel as CT.
     """
@@ -38,7 +37,6 @@ class TaskInfo:
     has_regions: bool
     ignore_label: int | None
     patch_size: tuple[int, ...]
-    mirror_axes: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     is_ct: bool
 

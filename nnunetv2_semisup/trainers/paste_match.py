@@ -1,8 +1,8 @@
-"""AgreeMix: what a teacher and its mirror image agree on teaches the student, on patches mixed with true labels.
+"""PasteMatch: a teacher's confident labels, learned under a strong view on patches mixed with labelled ones.
 
 Ours. Its parts are known: the moving-average teacher (Tarvainen & Valpola, NeurIPS 2017), hard pseudo-labels above a
 threshold under strong views (FixMatch: Sohn et al., NeurIPS 2020), and patches pasted between labelled and unlabelled
-images (BCP: Bai et al., CVPR 2023). docs/methods/agree_mix.md says what is known.
+images (BCP: Bai et al., CVPR 2023). docs/methods/paste_match.md says what is known.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INTENSITY_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.5  # of a strong view; CrossMat
 
 
 @dataclass(frozen=True)
-class AgreeMixSettings(SemiSupSettings):
+class PasteMatchSettings(SemiSupSettings):
     """Nothing here has to be tuned for a data set."""
 
     weight: float = setting(1.0, "ours: of the mixed patches; the supervised loss has 1", within="[0, inf)")
@@ -39,10 +39,8 @@ class AgreeMixSettings(SemiSupSettings):
         0.95, "ours: confidence a background voxel needs", "probability", within="[0, 1]"
     )
     paste_probability: float = setting(
-        0.5, "ours: of a patch to be mixed with a labelled one", "probability", within="[0, 1]"
+        1.0, "ours: of a patch to be mixed with a labelled one", "probability", within="[0, 1]"
     )
-    flip: bool = setting(True, "ours: the teacher predicts a mirror image as well; false for ablations")
-    agree: bool = setting(True, "ours: classes count by the agreement of both; false for ablations")
     box_volume: tuple[float, ...] = setting(
         (0.1, 0.5), "ours: smallest and largest box", "share of the patch", within="(0, 1]"
     )
@@ -67,17 +65,17 @@ class Patches(NamedTuple):
     weight: Tensor
 
 
-class AgreeMix(SemiSupMethod[AgreeMixSettings]):
+class PasteMatch(SemiSupMethod[PasteMatchSettings]):
     """Two groups per step: the mixed patches, then the stock supervised loss; both divided by 1 + ramped weight.
 
-    So a new term does not act as a jump of the learning rate. Cost: the teacher sees the unlabelled patches twice
-    without gradient, the student sees the mixed ones: 8/3 stock steps.
+    So a new term does not act as a jump of the learning rate. Cost: the teacher sees the unlabelled patches without
+    gradient, the student the mixed ones: 7/3 stock steps.
     """
 
-    settings_class = AgreeMixSettings
+    settings_class = PasteMatchSettings
     unsupervised_weights = ("weight",)
 
-    def __init__(self, network: nn.Module, task: TaskInfo, settings: AgreeMixSettings):
+    def __init__(self, network: nn.Module, task: TaskInfo, settings: PasteMatchSettings):
         super().__init__(network, task, settings)
         steps = settings.num_epochs * settings.num_iterations_per_epoch
         self.bias_field = not task.is_ct if settings.bias_field is None else settings.bias_field
@@ -99,64 +97,34 @@ class AgreeMix(SemiSupMethod[AgreeMixSettings]):
     def _mixed_loss(self, network: nn.Module, labelled: dict, images: Tensor) -> Tensor:
         s = self.settings
         with torch.no_grad():
-            known, agreement = self._pseudo_labels(images)
+            known = self._pseudo_labels(images)
             view = draw_strong_view(images, INTENSITY_PROBABILITY, BLUR_PROBABILITY, self.bias_field)
             known = known._replace(images=apply_strong_view(images, view))
             mixed = paste(known, self._true_labels(labelled, len(images)), s.paste_probability, s.box_volume)
         output, _ = taps.decode(network, taps.encode(network, mixed.images))
-        factors = self.head_weights * agreement
-        return self.task.supervised_loss.weighted(output, mixed.label, mixed.weight, factors)
+        return self.task.supervised_loss.weighted(output, mixed.label, mixed.weight, self.head_weights)
 
-    def _pseudo_labels(self, images: Tensor) -> tuple[Patches, Tensor]:
-        """What the teacher and its mirror image say of the patches, and how far they agree on each head, (heads,)."""
+    def _pseudo_labels(self, images: Tensor) -> Patches:
+        """What the teacher says of the patches; a voxel that is not confident enough weighs 0."""
         s, regions = self.settings, self.task.has_regions
         p = probabilities(taps.logits(self.teacher.module, images), regions)
-        agreement = torch.ones_like(self.head_weights)
-        if s.flip and self.task.mirror_axes:
-            axes = self._drawn_axes()
-            mirrored = probabilities(taps.logits(self.teacher.module, images.flip(axes)), regions).flip(axes)
-            if s.agree:
-                agreement = agreement_per_head(decide(p, regions), decide(mirrored, regions), self.task.num_heads)
-            p = (p + mirrored) / 2
         decided = decide(p, regions)
         self.note_pseudo_labels(decided)
         if regions:
             confidence, label = torch.maximum(p, 1 - p), decided
-            trust = (self.head_weights * agreement).reshape(1, -1, *[1] * (p.ndim - 2))
+            trust = self.head_weights.reshape(1, -1, *[1] * (p.ndim - 2))
         else:
             confidence, label = p.amax(1, keepdim=True), decided[:, None]
-            trust = (self.head_weights * agreement)[label]
+            trust = self.head_weights[label]
         keep = confidence >= torch.where(label > 0, s.threshold, s.background_threshold)
         self.diagnostics["share_kept"] = keep.float().mean()
-        for head, value in enumerate(agreement.unbind()):
-            self.diagnostics[f"share_agreement_{head}"] = value
-        return Patches(images, label, keep * trust), agreement
-
-    def _drawn_axes(self) -> list[int]:
-        """A random non-empty choice of the axes that nnU-Net mirrors, as axes of a batch."""
-        axes = self.task.mirror_axes
-        number = int(torch.randint(1, 2 ** len(axes), ()))
-        return [axis + 2 for i, axis in enumerate(axes) if number >> i & 1]
+        return Patches(images, label, keep * trust)
 
     def _true_labels(self, labelled: dict, count: int) -> Patches:
         """``count`` labelled patches, the batch repeated where it is smaller."""
         label, known = partly_known(labelled["target"], self.task.has_regions, self.task.ignore_label)
         chosen = torch.arange(count, device=label.device) % len(label)
         return Patches(labelled["data"][chosen], label[chosen], known[chosen])
-
-
-def agreement_per_head(a: Tensor, b: Tensor, heads: int) -> Tensor:
-    """(heads,): Dice of each class between two decisions over all patches; 1 where neither has it.
-
-    Args:
-        a, b: (B, X, Y, Z) int64 classes; with regions (B, heads, X, Y, Z) bool.
-        heads: number of classes.
-    """
-    if a.dtype != torch.bool:
-        a, b = (torch.stack([x == head for head in range(heads)], 1) for x in (a, b))
-    axes = [0, *range(2, a.ndim)]
-    sizes = a.sum(axes) + b.sum(axes)
-    return torch.where(sizes > 0, 2 * (a & b).sum(axes) / sizes.clamp(min=1), 1.0)
 
 
 def paste(unlabelled: Patches, labelled: Patches, probability: float, volume: tuple[float, ...]) -> Patches:
@@ -174,5 +142,5 @@ def paste(unlabelled: Patches, labelled: Patches, probability: float, volume: tu
     return Patches(*(torch.where(from_labelled, a, b) for a, b in zip(labelled, unlabelled, strict=True)))
 
 
-class nnUNetTrainerAgreeMix(nnUNetTrainerSemiSup):
-    method_class = AgreeMix
+class nnUNetTrainerPasteMatch(nnUNetTrainerSemiSup):
+    method_class = PasteMatch

@@ -1,14 +1,12 @@
-"""AgreeMix, part by part, in closed form."""
+"""PasteMatch, part by part, in closed form."""
 
 import pytest
 import torch
 from helpers import make_batch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from nnunetv2_semisup.trainers.agree_mix import Patches, agreement_per_head, paste
+from nnunetv2_semisup.trainers.paste_match import Patches, paste
 
-NAME = "nnUNetTrainerAgreeMix"
+NAME = "nnUNetTrainerPasteMatch"
 
 
 def build(dataset, configuration="3d_fullres", **settings):
@@ -48,34 +46,14 @@ def test_the_teacher_averages_over_a_tenth_of_a_short_run(tiny, epochs, decay):
     assert build(tiny, num_epochs=epochs).method.teacher.decay == pytest.approx(decay)
 
 
-def test_agreement_of_equal_decisions_is_one_and_of_disjoint_ones_zero():
-    a = torch.randint(0, 3, (2, 5, 4))
-    assert agreement_per_head(a, a, 3).tolist() == [1, 1, 1]
-    b = (a + 1) % 3
-    assert agreement_per_head(a, b, 3).tolist() == [0, 0, 0]
-    assert agreement_per_head(torch.zeros_like(a), torch.zeros_like(a), 3).tolist() == [1, 1, 1], "absent in both"
-
-
-@given(st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
-def test_agreement_is_the_dice(seed):
-    generator = torch.Generator().manual_seed(seed)
-    a, b = torch.randint(0, 3, (2, 2, 3, 3, 3), generator=generator)
-    for c, value in enumerate(agreement_per_head(a, b, 3).tolist()):
-        sizes = int((a == c).sum() + (b == c).sum())
-        assert value == pytest.approx(2 * int(((a == c) & (b == c)).sum()) / sizes if sizes else 1.0)
-
-
-def test_a_teacher_that_mirrors_with_its_patch_agrees_with_itself(tiny, monkeypatch):
-    """A flip-equivariant predictor: the mirror image says the same, the average is the prediction itself."""
+def test_a_voxel_is_kept_by_the_threshold_of_its_class(tiny, monkeypatch):
     from nnunetv2_semisup.network import taps
 
     trainer = build(tiny)
     voxelwise = lambda network, images: torch.cat([images, -images], 1) * 5  # noqa: E731
     monkeypatch.setattr(taps, "logits", voxelwise)
     images = torch.randn(2, 1, 8, 8, 8)
-    known, agreement = trainer.method._pseudo_labels(images)
-    assert agreement.tolist() == [1, 1]
+    known = trainer.method._pseudo_labels(images)
     p = torch.softmax(voxelwise(None, images), 1)
     assert torch.equal(known.label, p.argmax(1, keepdim=True))
     needed = torch.where(known.label > 0, 0.7, 0.95)
@@ -108,10 +86,10 @@ def test_labels_of_the_student_come_from_the_teacher_on_the_weak_view(tiny, monk
     torch.manual_seed(3)
     terms(trainer, batch)
     torch.manual_seed(3)
-    expected, agreement = trainer.method._pseudo_labels(batch["unlabelled"]["data"])
+    expected = trainer.method._pseudo_labels(batch["unlabelled"]["data"])
     ((label, weight, factors),) = seen
     assert torch.equal(label, expected.label) and torch.equal(weight, expected.weight)
-    assert torch.equal(factors, agreement * trainer.method.head_weights)
+    assert torch.equal(factors, trainer.method.head_weights)
 
 
 @pytest.mark.parametrize("kind", ["4 classes", "regions"])
@@ -120,7 +98,7 @@ def test_a_head_without_weight_is_neither_kept_nor_in_the_dice(kind, datasets, u
     confident(trainer)
     trainer.method.head_weights[1] = 0
     images = make_batch(trainer)["unlabelled"]["data"]
-    known, _ = trainer.method._pseudo_labels(images)
+    known = trainer.method._pseudo_labels(images)
     if kind == "regions":
         assert not known.weight[:, 1].any() and known.weight[:, 0].any()
     else:
@@ -138,14 +116,14 @@ def test_true_labels_know_nothing_of_ignored_voxels(datasets, use):
 
 
 def test_unlabelled_images_reach_the_student_through_the_strong_view_alone(tiny, monkeypatch):
-    from nnunetv2_semisup.trainers import agree_mix
+    from nnunetv2_semisup.trainers import paste_match
 
     trainer = build(tiny, paste_probability=0.0)
     batch = make_batch(trainer)
-    monkeypatch.setattr(agree_mix, "apply_strong_view", lambda images, view: images * 0 + 7)
+    monkeypatch.setattr(paste_match, "apply_strong_view", lambda images, view: images * 0 + 7)
     seen = []
-    encode = agree_mix.taps.encode
-    monkeypatch.setattr(agree_mix.taps, "encode", lambda n, x: (seen.append((n, x)), encode(n, x))[1])
+    encode = paste_match.taps.encode
+    monkeypatch.setattr(paste_match.taps, "encode", lambda n, x: (seen.append((n, x)), encode(n, x))[1])
     terms(trainer, batch)
     students = [x for network, x in seen if network is trainer.network]
     assert len(students) == 2 and (students[0] == 7).all() and torch.equal(students[1], batch["data"])
