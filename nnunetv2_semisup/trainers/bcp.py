@@ -46,7 +46,7 @@ class BCPSettings(SemiSupSettings):
 
 
 class BCP(SemiSupMethod[BCPSettings]):
-    """Two groups of mixed patches per step, and no pass over the labelled patches alone.
+    """One group per step, both batches of mixed patches, and no pass over the labelled patches alone.
 
     With M 1 outside a box and 0 in it, l_a, l_b the halves of the labelled patches and u_a, u_b of the unlabelled ones:
     ``in`` is l_a M + u_a (1 - M), ``out`` is u_b M + l_b (1 - M). Each side of a box has a loss of its own; that of the
@@ -93,23 +93,33 @@ class BCP(SemiSupMethod[BCPSettings]):
         (la, lb), (ua, ub) = ([(*(t[h] for t in side[:3]), *side[3:]) for h in halves] for side in (true, other))
         if other is true:
             ua, ub = lb, la
-        yield {"supervised_in": (0.5, self._mixed_loss(network, la, ua, outside))}
-        yield {"supervised_out": (0.5, self._mixed_loss(network, ub, lb, outside))}
+        yield self._mixed_losses(network, (la, ub), (ua, lb), outside)
 
-    def _mixed_loss(self, network: nn.Module, outer: tuple, inner: tuple, outside: Tensor) -> Tensor:
-        """Loss of ``outer`` with a box of ``inner`` in it, the sum over both regions, each by its own mean.
+    def _mixed_losses(self, network: nn.Module, outer: tuple, inner: tuple, outside: Tensor) -> Group:
+        """Losses of two mixed batches in one pass: each of ``outer`` with a box of its ``inner`` in it.
 
         Args:
-            outer, inner: images, label and weight of their voxels, the part's weight, and its heads' weights.
+            outer, inner: of ``in`` and of ``out``: images, label and weight of their voxels, the part's weight, and its
+                heads' weights.
             outside: (1, 1, X, Y, Z) bool, False in the box.
         """
-        image, label = (torch.where(outside, a, b) for a, b in zip(outer[:2], inner[:2], strict=True))
-        output, _ = taps.decode(network, taps.encode(network, image))
-        total = output[0].new_zeros((), dtype=torch.float32)
-        for (_, _, known, weight, heads), region in ((outer, outside), (inner, ~outside)):
-            share = region.float().mean()  # so that the cross-entropy is a mean over the region
-            total = total + weight * self.task.supervised_loss.weighted(output, label, known * region / share, heads)
-        return total
+        images = torch.cat([torch.where(outside, a[0], b[0]) for a, b in zip(outer, inner, strict=True)])
+        output, _ = taps.decode(network, taps.encode(network, images))
+        levels = [level.chunk(2) for level in (output if isinstance(output, list) else [output])]
+        shares = (
+            outside.float().mean(),
+            (~outside).float().mean(),
+        )  # so that the cross-entropy is a mean over the region
+        group: Group = {}
+        for i, (name, a, b) in enumerate(zip(("supervised_in", "supervised_out"), outer, inner, strict=True)):
+            label = torch.where(outside, a[1], b[1])
+            total = images.new_zeros(())
+            for (_, _, known, weight, heads), region, share in zip((a, b), (outside, ~outside), shares, strict=True):
+                of_half = [level[i] for level in levels]
+                loss = self.task.supervised_loss.weighted(of_half, label, known * region / share, heads)
+                total = total + weight * loss
+            group[name] = (0.5, total)
+        return group
 
     @torch.no_grad()
     def _pseudo_labels(self, images: Tensor) -> tuple[Tensor, Tensor]:

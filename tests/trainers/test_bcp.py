@@ -53,7 +53,7 @@ def test_a_mixed_patch_takes_image_and_label_by_the_same_voxels(tiny, monkeypatc
     monkeypatch.setattr(taps, "encode", note)
     terms(trainer, batch)
     m, (la, lb), (ua, ub) = fixed(batch["data"]), batch["data"].split(1), batch["unlabelled"]["data"].split(1)
-    assert torch.equal(seen[0], torch.where(m, la, ua)) and torch.equal(seen[1], torch.where(m, ub, lb))
+    assert torch.equal(seen[0], torch.cat([torch.where(m, la, ua), torch.where(m, ub, lb)]))
 
 
 def fixed(images):
