@@ -6,6 +6,9 @@ in the course of training, so its time is the mean over four points of it. Train
 other load on the machine hits all of them; a ratio is the median over rounds of the method's time over the stock step's
 in the same round.
 
+Counted: floating-point operations of convolutions and matrix products over those of the stock step, the mean over the
+same points: what the time comes to where nothing else costs any.
+
 Peak memory: CUDA's ``max_memory_allocated``; on the CPU what torch allocated at most in one step (profiler) beside the
 weights, optimiser state and batch that were there before. Scratch space inside oneDNN is in neither number.
 """
@@ -26,6 +29,7 @@ import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_semisup import discovery
 from nnunetv2_semisup.benchmark import records
@@ -35,7 +39,7 @@ from nnunetv2_semisup.files import environment
 POINTS = (0.125, 0.375, 0.625, 0.875)  # of training
 WARM_UP = 2  # steps per trainer: memory pools, algorithms, compilation
 COLUMNS = (
-    *("dataset", "configuration", "plans", "trainer", "compiled", "step_seconds", "step_ratio"),
+    *("dataset", "configuration", "plans", "trainer", "compiled", "counted_ratio", "step_seconds", "step_ratio"),
     *("peak_memory_mb", "memory_ratio", "rounds", "device", "hardware", "threads", "commit", "versions"),
 )
 
@@ -61,15 +65,18 @@ def measure(
     rows = []
     for compiled in (False, True) if device == "cuda" else (False,):
         with environment(nnUNet_compile=str(compiled)):
-            memory = {}
+            memory, operations = {}, {}
             for name in names:  # one at a time: nothing of another trainer lies in memory
-                memory[name] = peak_memory_mb(build(dataset, configuration, plans, name, device))
+                trainer = build(dataset, configuration, plans, name, device)
+                memory[name], operations[name] = peak_memory_mb(trainer), counted_operations(trainer)
+                del trainer
                 release()
             built = [build(dataset, configuration, plans, name, device) for name in names]
             times = step_times(built, rounds)
             for name, seconds in zip(names, times, strict=True):
                 ratios = [s / stock for s, stock in zip(seconds, times[0], strict=True)]
                 measured = {"step_seconds": median(seconds), "step_ratio": median(ratios)}
+                measured["counted_ratio"] = operations[name] / operations[BASELINE]
                 measured |= {"peak_memory_mb": memory[name], "memory_ratio": memory[name] / memory[BASELINE]}
                 rows.append({**common, "trainer": name, "compiled": compiled, **measured})
             del built
@@ -155,6 +162,15 @@ def peak_memory_mb(trainer: nnUNetTrainer) -> float:
     return max(_peak_on_cpu(trainer, batch, point) for point in POINTS) / 2**20
 
 
+def counted_operations(trainer: nnUNetTrainer) -> float:
+    """Floating-point operations of a step, the mean over all points of training."""
+    batch = random_batch(trainer)
+    with FlopCounterMode(display=False) as counter:
+        for point in POINTS:
+            step(trainer, batch, point)
+    return counter.get_total_flops() / len(POINTS)
+
+
 def _peak_on_cpu(trainer: nnUNetTrainer, batch: dict, point: float) -> int:
     trainer.optimizer.zero_grad(set_to_none=True)  # as the step does first; the profiler would miss it
     before = _bytes(_tensors(trainer, batch))
@@ -206,11 +222,12 @@ def release() -> None:
 
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
-    lines = ["| trainer | compiled | s per step | over stock | peak MiB | over stock |", "|---|---|---|---|---|---|"]
-    digits = {"step_seconds": 4, "step_ratio": 2, "peak_memory_mb": 0, "memory_ratio": 2}
+    header = "trainer", "compiled", "counted over stock", "s per step", "over stock", "peak MiB", "over stock"
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    digits = {"counted_ratio": 2, "step_seconds": 4, "step_ratio": 2, "peak_memory_mb": 0, "memory_ratio": 2}
     for row in rows:
         cells = [row["trainer"], "yes" if str(row["compiled"]) == "True" else "no"]
-        cells += [f"{float(row[key]):.{n}f}" for key, n in digits.items()]
+        cells += [f"{float(row[key]):.{n}f}" if row.get(key) else "" for key, n in digits.items()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

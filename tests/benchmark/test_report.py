@@ -176,9 +176,9 @@ def test_overlays_go_into_the_work_folder(benchmark_data, use, work, tmp_path):
 
 def test_speed_table(tmp_path):
     row = dict.fromkeys(speed.COLUMNS, "x") | {"compiled": False, "step_ratio": 2.5, "memory_ratio": 1.5}
-    row |= {"step_seconds": 0.2, "peak_memory_mb": 100.0, "trainer": "nnUNetTrainerMeanTeacher"}
+    row |= {"counted_ratio": 2.33, "step_seconds": 0.2, "peak_memory_mb": 100.0, "trainer": "nnUNetTrainerMeanTeacher"}
     speed.write(tmp_path, [row])
     speed.write(tmp_path, [row | {"step_ratio": 2.4}, row | {"hardware": "y"}])
     text = report.texts(tmp_path)[tmp_path / "README.md"]
-    assert text.count("| nnUNetTrainerMeanTeacher | no | 0.2000 |") == 2, "one row per machine, the newest"
+    assert text.count("| nnUNetTrainerMeanTeacher | no | 2.33 | 0.2000 |") == 2, "one row per machine, the newest"
     assert "| 2.40 | 100 | 1.50 |" in text and "| 2.50 | 100 | 1.50 |" in text

@@ -21,6 +21,7 @@ def test_every_trainer_over_the_stock_step(tiny):
     rows = speed.measure(tiny.name, "3d_fullres", "nnUNetPlans", "cpu", rounds=1, trainers=names)
     assert [row["trainer"] for row in rows] == ["nnUNetTrainer", *names]
     assert rows[0]["step_ratio"] == rows[0]["memory_ratio"] == 1
+    assert rows[0]["counted_ratio"] == 1 and rows[1]["counted_ratio"] == pytest.approx(7 / 3, rel=0.02)
     assert all(row["step_seconds"] > 0 and row["peak_memory_mb"] > 0 for row in rows)
     assert all(set(speed.COLUMNS) == set(row) for row in rows)
     # a teacher without gradient; below 1 on a CPU, where our channels-last weights save reordered copies
@@ -52,7 +53,7 @@ def test_random_batches_fit(datasets, use, kind, name):
     stock, trainer = (speed.build(dataset.name, "2d", "nnUNetPlans", n, "cpu") for n in ("nnUNetTrainer", name))
     operations = [_operations(t) for t in (stock, trainer)]
     assert trainer.current_epoch == int(0.9 * trainer.num_epochs)
-    assert operations[1] > 1.5 * operations[0], "the step is the method's, not the burn-in's"
+    assert operations[1] > 1.2 * operations[0], "the step is the method's, not the burn-in's"
 
 
 def _operations(trainer):
