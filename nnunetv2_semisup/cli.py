@@ -218,7 +218,7 @@ def demo(arguments: list[str] | None = None) -> None:
         "trainers, predict, compare. About 10 minutes on 2 CPU cores; uses a GPU when there is one.",
     )
     parser.add_argument("-o", default="nnunetv2_semisup_demo", metavar="FOLDER", help="default: %(default)s")
-    parser.add_argument("-tr", default="nnUNetTrainerCrossMatch", metavar="TRAINER", help="default: %(default)s")
+    parser.add_argument("-tr", default="nnUNetTrainerPasteMatch", metavar="TRAINER", help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=None, metavar="N", help="length of both trainings")
     parser.add_argument("-device", choices=["cuda", "cpu", "mps"], default=None, help="default: a GPU if there is one")
     args = parser.parse_args(arguments)

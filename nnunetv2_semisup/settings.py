@@ -58,7 +58,9 @@ class SemiSupSettings:
         0.2, "ours: ramp of all terms from the start on; 0: none", "share of what is left", within="[0, 1]"
     )
     guards: bool = setting(True, "ours: absent and vanishing classes count less, see docs/start.md")
-    deterministic_seed: int | None = setting(None, "ours: weights, loaders and noise; exact with nnUNet_n_proc_DA=0")
+    deterministic_seed: int | None = setting(
+        None, "ours: weights, loaders and noise; with nnUNet_n_proc_DA=0 exact, after a resume too"
+    )
 
     #: The paper's values where the defaults differ, for ``preset = published``; a subclass adds to those of its base.
     published: ClassVar[dict[str, Any]] = {"start_dice": 0.0, "ramp_share": 0.0, "guards": False}

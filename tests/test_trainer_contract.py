@@ -8,10 +8,13 @@ import pytest
 import torch
 from helpers import make_batch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import maybe_load_checkpoint
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_semisup import discovery, names, trainers
+from nnunetv2_semisup.training.log import TrainingLog
 
 NAMES = sorted(discovery.trainers())
 TASKS = [(c, k) for c in ("2d", "3d_fullres") for k in ("2 classes", "4 classes")] + [
@@ -232,3 +235,35 @@ def test_stock_trainer_predicts_the_same(build, name, tmp_path):
         predictor.network.load_state_dict(predictor.list_of_parameters[0])
         predictions.append(predictor.predict_sliding_window_return_logits(torch.from_numpy(image)))
     assert torch.equal(*predictions)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_an_epochs_end_and_resumed_is_the_uninterrupted_run(name, tiny, monkeypatch):
+    """Input: kill between two epochs, then --c, with a seed and no workers. Answer: the same weights, bit for bit."""
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda *_: None)  # pictures take most of the time
+    monkeypatch.setattr(TrainingLog, "draw", lambda *_: None)
+    staged = "stage_fractions" in vars(discovery.settings_class(name)())
+    settings = {"num_epochs": 4 if staged else 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+    settings |= {"deterministic_seed": 1, "save_every_minutes": 0.0}
+    whole = tiny.trainer(name, "2d", **settings)
+    whole.run_training()
+    killed = tiny.trainer(name, "2d", **settings)
+    start_epoch = killed.on_train_epoch_start
+
+    def start_or_die():
+        if killed.current_epoch == settings["num_epochs"] - 1:
+            raise Killed
+        start_epoch()
+
+    killed.on_train_epoch_start = start_or_die
+    with pytest.raises(Killed):
+        killed.run_training()
+    resumed = tiny.trainer(name, "2d", resume=True, **settings)
+    maybe_load_checkpoint(resumed, continue_training=True, validation_only=False)
+    assert resumed.current_epoch == settings["num_epochs"] - 1
+    resumed.run_training()
+    assert_equal(state(resumed.network), state(whole.network))
+    assert_equal(state(resumed.method), state(whole.method))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -180,6 +181,13 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             return None
         return (self.settings.deterministic_seed + 1000 * self.current_epoch + 1_000_003 * self.local_rank) % 2**31
 
+    def _seed(self) -> None:
+        """At every epoch's start: what a run draws then depends on no epoch before, so a resumed one draws it too."""
+        if self._loader_seed is not None:
+            random.seed(self._loader_seed)
+            np.random.seed(self._loader_seed)
+            torch.manual_seed(self._loader_seed)
+
     # ------------------------------------------------------------------------------------------------- the two streams
 
     def do_split(self):
@@ -266,9 +274,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if reason := self.method.unfit_batch(self.batch_size, self._unlabeled_batch_size()):
             raise InputError(f"{self.base_name()}: {reason}")
         self.unlabeled_cases = self._prepare_unlabeled_cases()
-        if self._loader_seed is not None:
-            torch.manual_seed(self._loader_seed)
-            np.random.seed(self._loader_seed)
+        self._seed()
         if not self._resumed:
             self.method.reset(self.bare_network)
         broadcast_state(self.bare_network, self.method)
@@ -283,6 +289,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
+        self._seed()
         self.method.train()
         self._steps_in_epoch = 0
         self.training_log.start_epoch()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
+from time import sleep
 from typing import Any, TypeAlias
 
 import torch
@@ -64,10 +67,34 @@ def start_augmenter(loader: DataLoader, workers: int, cached: int, seed: int | N
         return SingleThreadedAugmenter(loader, None)
     seeds = None if seed is None else [seed + i for i in range(workers)]
     augmenter = NonDetMultiThreadedAugmenter(
-        loader, None, workers, cached, seeds=seeds, pin_memory=pin_memory, wait_time=WAIT_SECONDS
+        _EndsWithParent(loader), None, workers, cached, seeds=seeds, pin_memory=pin_memory, wait_time=WAIT_SECONDS
     )
     next(augmenter)
     return augmenter
+
+
+class _EndsWithParent:
+    """A loader whose worker processes end when the training is killed; batchgenerators' own would poll for ever."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def set_thread_id(self, thread_id: int) -> None:
+        """Called by the augmenter in each worker."""
+        self.loader.set_thread_id(thread_id)
+        threading.Thread(target=_exit_without, args=(os.getppid(),), daemon=True).start()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self.loader)
+
+
+def _exit_without(parent: int) -> None:
+    while os.getppid() == parent:  # an orphan has another parent
+        sleep(1)
+    os._exit(1)
 
 
 def end_augmenters(*augmenters: Augmenter | None) -> None:
