@@ -47,6 +47,22 @@ def class_indices(target: Tensor | list[Tensor], has_regions: bool, ignore_label
     return torch.where(known, disjoint_classes(region_masks(target, ignore_label)), -1)
 
 
+def labels_and_weights(
+    target: Tensor | list[Tensor], has_regions: bool, ignore_label: int | None
+) -> tuple[Tensor, Tensor]:
+    """A target as ``losses.partial`` takes it.
+
+    Returns:
+        The label: (B, 1, X, Y, Z) int64 class, 0 where it is not known; with regions (B, R, X, Y, Z) bool. And the
+        weight, float of the same shape: 1 where the label is known, else 0.
+    """
+    if has_regions:
+        label = region_masks(target, ignore_label)
+    else:
+        label = class_indices(target, has_regions, ignore_label).clamp(min=0)[:, None]
+    return label, known_voxels(target, has_regions, ignore_label)[:, None].expand(label.shape).float()
+
+
 def class_names(labels: dict[str, Any], foreground: Sequence[Any]) -> list[str]:
     """Names of nnU-Net's foreground labels or regions, in its order.
 

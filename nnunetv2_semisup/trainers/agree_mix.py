@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_semisup.labels import class_indices, known_voxels, region_masks
+from nnunetv2_semisup.labels import labels_and_weights
 from nnunetv2_semisup.losses.consistency import decide, probabilities
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.teacher import Teacher
@@ -140,13 +140,8 @@ class AgreeMix(SemiSupMethod[AgreeMixSettings]):
 
     def _true_labels(self, labelled: dict, count: int) -> Patches:
         """``count`` labelled patches, the batch repeated where it is smaller."""
-        of_task = (labelled["target"], self.task.has_regions, self.task.ignore_label)
-        if self.task.has_regions:
-            label = region_masks(labelled["target"], self.task.ignore_label)
-        else:
-            label = class_indices(*of_task).clamp(min=0)[:, None]
+        label, known = labels_and_weights(labelled["target"], self.task.has_regions, self.task.ignore_label)
         chosen = torch.arange(count, device=label.device) % len(label)
-        known = known_voxels(*of_task)[:, None].expand(label.shape).float()
         return Patches(labelled["data"][chosen], label[chosen], known[chosen])
 
 
