@@ -45,6 +45,11 @@ def decode_levels(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | lis
     return _compiled(_decode_levels)(network, skips) if _is_compiled(network) else _decode_levels(network, skips)
 
 
+def segment(network: nn.Module, features: Tensor) -> Tensor:
+    """Logits (B, heads, X, Y, Z) of last features, as :func:`decode` returns them, changed or not."""
+    return _decoder(network).seg_layers[-1](features)
+
+
 def full_resolution(output: Tensor | list[Tensor]) -> Tensor:
     """The full-resolution logits (B, heads, X, Y, Z) of a network's output, under deep supervision the first of it."""
     return output[0] if isinstance(output, list) else output
