@@ -47,12 +47,14 @@ def class_indices(target: Tensor | list[Tensor], has_regions: bool, ignore_label
     return torch.where(known, disjoint_classes(region_masks(target, ignore_label)), -1)
 
 
-def partly_known(target: Tensor | list[Tensor], has_regions: bool, ignore_label: int | None) -> tuple[Tensor, Tensor]:
-    """Label and weight of each voxel, as :func:`nnunetv2_semisup.losses.partial.partial_dice_cross_entropy` takes them.
+def labels_and_weights(
+    target: Tensor | list[Tensor], has_regions: bool, ignore_label: int | None
+) -> tuple[Tensor, Tensor]:
+    """A target as ``losses.partial`` takes it.
 
     Returns:
-        (B, 1, X, Y, Z) int64 class, 0 where it is not known; with regions (B, R, X, Y, Z) bool. And float32 of the same
-        shape: 1 where the label is known, else 0.
+        The label: (B, 1, X, Y, Z) int64 class, 0 where it is not known; with regions (B, R, X, Y, Z) bool. And the
+        weight, float of the same shape: 1 where the label is known, else 0.
     """
     if has_regions:
         label = region_masks(target, ignore_label)

@@ -11,9 +11,11 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import distributed as dist
 from torch import multiprocessing as mp
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_semisup import trainers
 
@@ -260,3 +262,18 @@ def run_rank(rank: int, world: int, folder: str, task, *args) -> None:
 def spawn(tmp_path, task, *args) -> None:
     """Run ``task`` in two processes of one group."""
     mp.spawn(run_rank, args=(2, str(tmp_path), task, *args), nprocs=2)
+
+
+def counted_cost(dataset: TinyDataset, name: str, configuration: str = "3d_fullres", **settings) -> float:
+    """Floating-point operations of a step of a trainer of ours over those of a stock step."""
+    ours = dataset.trainer(name, configuration, **settings)
+    plans = dataset.plans | {"continue_training": False}
+    stock = nnUNetTrainer(plans, configuration, "all", dataset.dataset_json, torch.device("cpu"))
+    ours.initialize()
+    stock.initialize()
+    counts = []
+    for trainer in (ours, stock):
+        with FlopCounterMode(display=False) as counter:
+            trainer.train_step(make_batch(ours))
+        counts.append(counter.get_total_flops())
+    return counts[0] / counts[1]

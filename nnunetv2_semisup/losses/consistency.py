@@ -31,21 +31,43 @@ def weighted_mean(values: Tensor, weights: Tensor, present: Tensor | None = None
     return (weights * torch.where(present, values, 0)).sum() / present.sum().clamp(min=1)
 
 
-def mean_squared_difference(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+def mean_squared_difference(student: Tensor, teacher: Tensor, weights: Tensor, counted: Tensor | None = None) -> Tensor:
     """Mean over batch, heads and voxels of weight * (student - teacher)^2.
 
     Args:
         student: (B, heads, X, Y, Z) float32 probabilities, carry the gradient.
         teacher: the same shape, no gradient.
         weights: (heads,) in [0, 1], how much each head counts.
+        counted: (B, 1 or heads, X, Y, Z) bool, what the mean runs over; None for all. The mean of nothing is 0.
 
     Returns:
         Scalar in [0, 1].
 
-    Reference: Tarvainen & Valpola, NeurIPS 2017, equation 1 with the mean squared error.
+    Reference: Tarvainen & Valpola, NeurIPS 2017, equation 1 with the mean squared error; with ``counted`` UA-MT (Yu et
+    al., MICCAI 2019).
     """
-    squares = (student - teacher) ** 2
-    return torch.mean(squares * weights.reshape(1, -1, *[1] * (squares.ndim - 2)))
+    squares = (student - teacher) ** 2 * weights.reshape(1, -1, *[1] * (student.ndim - 2))
+    if counted is None:
+        return torch.mean(squares)
+    counted = counted.expand(squares.shape)
+    return torch.where(counted, squares, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def entropy(probabilities: Tensor, regions: bool) -> Tensor:
+    """-sum p log(p + 1e-6) of each voxel over the classes; with regions of each head over its two outcomes.
+
+    Args:
+        probabilities: (B, heads, X, Y, Z) float32.
+        regions: True for region-based training.
+
+    Returns:
+        (B, 1, X, Y, Z) in [0, ln heads] up to 1e-5; with regions (B, heads, X, Y, Z) in [0, ln 2].
+
+    Reference: UA-MT (Yu et al., MICCAI 2019), released code.
+    """
+    outcomes = [probabilities, 1 - probabilities] if regions else [probabilities]
+    total = -sum((p * torch.log(p + 1e-6) for p in outcomes), torch.zeros_like(probabilities))
+    return total if regions else total.sum(1, keepdim=True)
 
 
 def decide(probabilities: Tensor, regions: bool) -> Tensor:

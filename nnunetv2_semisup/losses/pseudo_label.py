@@ -1,11 +1,13 @@
-"""Hard pseudo-labels with their confidence, and the Dice loss that learns from the confident voxels."""
+"""Hard pseudo-labels with their confidence, and the losses that learn from the confident voxels."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from nnunetv2_semisup.losses.consistency import probabilities, weighted_mean
@@ -57,6 +59,30 @@ def kept(target: PseudoLabel, threshold: float, weights: Tensor, regions: bool) 
     return confident * weights[target.label]
 
 
+def largest_components(label: Tensor) -> Tensor:
+    """The largest connected component of each class and sample; all other voxels become background. On the CPU.
+
+    Args:
+        label: (B, 1, X, Y, Z) int64 class; with regions (B, heads, X, Y, Z) bool. Voxels that touch in a corner are
+            connected.
+
+    Returns:
+        Of the label's shape, type and device.
+
+    Reference: BCP (Bai et al., CVPR 2023), released code.
+    """
+    given = label.cpu().numpy()
+    largest = np.zeros_like(given)
+    structure = np.ones([3] * (given.ndim - 2))
+    for sample in np.ndindex(given.shape[:2]):
+        for value in np.unique(given[sample]):
+            if value:
+                components, _ = ndimage.label(given[sample] == value, structure)
+                sizes = np.bincount(components.ravel())
+                largest[sample][components == 1 + sizes[1:].argmax()] = value
+    return torch.from_numpy(largest).to(label.device)
+
+
 def masked_dice(
     student: Tensor,
     target: PseudoLabel,
@@ -100,6 +126,28 @@ def masked_dice(
     sizes = volumes + (counted * student).sum(axes)
     losses = 1 - (2 * intersection + smooth) / (sizes + smooth)
     return weighted_mean(losses, weights, volumes > 0 if skip_absent else None)
+
+
+def masked_cross_entropy(logits: Tensor, target: PseudoLabel, keep: Tensor, regions: bool) -> Tensor:
+    """Mean of k CE over all voxels, whether they count or not; with regions over voxels and heads, CE the binary one.
+
+    Args:
+        logits: (B, heads, X, Y, Z), carry the gradient.
+        target: of the same patches.
+        keep: k, see :func:`kept`.
+        regions: True for sigmoid heads.
+
+    Returns:
+        Scalar, 0 or more.
+
+    Reference: FixMatch (Sohn et al., NeurIPS 2020), equation 4, voxels in the place of images.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        if regions:
+            ce = F.binary_cross_entropy_with_logits(logits.float(), target.label.float(), reduction="none")
+        else:
+            ce = F.cross_entropy(logits.float(), target.label[:, 0], reduction="none")[:, None]
+        return (keep * ce).mean()
 
 
 def confidence_weighted_cross_entropy(

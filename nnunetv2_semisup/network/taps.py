@@ -45,6 +45,11 @@ def decode_levels(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | lis
     return _compiled(_decode_levels)(network, skips) if _is_compiled(network) else _decode_levels(network, skips)
 
 
+def segment(network: nn.Module, features: Tensor) -> Tensor:
+    """Logits (B, heads, X, Y, Z) of last features, as :func:`decode` returns them, changed or not."""
+    return _decoder(network).seg_layers[-1](features)
+
+
 def full_resolution(output: Tensor | list[Tensor]) -> Tensor:
     """The full-resolution logits (B, heads, X, Y, Z) of a network's output, under deep supervision the first of it."""
     return output[0] if isinstance(output, list) else output
@@ -53,11 +58,6 @@ def full_resolution(output: Tensor | list[Tensor]) -> Tensor:
 def logits_of(network: nn.Module, skips: list[Tensor]) -> Tensor:
     """Full-resolution logits (B, heads, X, Y, Z) from skips, whether deep supervision is on or not."""
     return full_resolution(decode(network, skips)[0])
-
-
-def segment(network: nn.Module, features: Tensor) -> Tensor:
-    """Full-resolution logits (B, heads, X, Y, Z) of the last features that :func:`decode` returns."""
-    return _decoder(network).seg_layers[-1](features)
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:

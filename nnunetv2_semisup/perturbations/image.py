@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nnunetv2_semisup.perturbations.mixing import place_boxes
+
 BIAS_FIELD_ORDER = 3
 BLUR_RADIUS = 8  # voxels: 4 standard deviations of the widest blur
 
@@ -164,14 +166,9 @@ def draw_boxes(images: Tensor, probability: float, volume: Sequence[float]) -> T
     share = (low + (high - low) * torch.rand(batch, device=device)) ** (1 / dims)
     aspect = (0.3 + (1 / 0.3 - 0.3) * torch.rand(batch, device=device)) ** (1 / dims)
     factors = (1 / aspect, aspect, torch.ones_like(aspect))
-    mask = (torch.rand(batch, device=device) < probability).reshape(batch, *[1] * (dims + 1))
-    for axis, size in enumerate(shape):
-        side = torch.clamp(torch.floor(size * share * factors[axis]), 1, size)
-        start = torch.floor(torch.rand(batch, device=device) * (size - side + 1))
-        along = torch.arange(size, device=device)
-        inside = (along >= start[:, None]) & (along < (start + side)[:, None])  # (B, size)
-        mask = mask & inside.reshape(batch, *(size if i == axis + 1 else 1 for i in range(dims + 1)))
-    return mask
+    chosen = torch.rand(batch, device=device) < probability
+    sides = [torch.floor(size * share * factor) for size, factor in zip(shape, factors[:dims], strict=True)]
+    return place_boxes(sides, images) & _per_sample(chosen, images)
 
 
 @torch.no_grad()

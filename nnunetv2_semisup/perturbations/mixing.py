@@ -1,5 +1,8 @@
 """Which voxels of a patch are replaced by those of another patch. Shapes are for 3D; 2D drops X, the slices."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,13 +23,43 @@ def draw_half_plane_boxes(images: Tensor) -> Tensor:
     batch, device = images.shape[0], images.device
     width = 0.5 + 0.5 * torch.rand(batch, device=device)
     shares = [torch.full_like(width, 0.25), 0.5 / width, width][-(images.ndim - 2) :]
-    inside = torch.ones(batch, *[1] * (images.ndim - 1), dtype=torch.bool, device=device)
-    for axis, (size, share) in enumerate(zip(images.shape[2:], shares, strict=True), 2):
-        side = (share * size).round().clamp(1, size)
-        start = torch.floor(torch.rand(batch, device=device) * (size - side + 1))
+    return place_boxes([(share * size).round() for size, share in zip(images.shape[2:], shares, strict=True)], images)
+
+
+def draw_shared_box(images: Tensor, side: float) -> Tensor:
+    """One box for the whole batch, of the share ``side`` of every edge, rounded down; its place is uniform.
+
+    Args:
+        images: (B, C, X, Y, Z); gives shape and device.
+        side: in (0, 1].
+
+    Returns:
+        (1, 1, X, Y, Z) bool, True inside.
+
+    Reference: BCP (Bai et al., CVPR 2023), released code. Deviation: there the box never reaches the far border.
+    """
+    sides = [math.floor(side * size + 1e-9) for size in images.shape[2:]]
+    return place_boxes([torch.full((1,), float(n), device=images.device) for n in sides], images)
+
+
+def place_boxes(sides: Sequence[Tensor], images: Tensor) -> Tensor:
+    """Boxes of given sides at uniform places.
+
+    Args:
+        sides: (N,) of N boxes per axis, whole numbers of voxels, taken as at least 1 and at most the edge.
+        images: (B, C, X, Y, Z); gives shape and device.
+
+    Returns:
+        (N, 1, X, Y, Z) bool, True inside.
+    """
+    count, device = len(sides[0]), images.device
+    inside = torch.ones(count, *[1] * (images.ndim - 1), dtype=torch.bool, device=device)
+    for axis, (size, side) in enumerate(zip(images.shape[2:], sides, strict=True), 2):
+        side = side.clamp(1, size)
+        start = torch.floor(torch.rand(count, device=device) * (size - side + 1))
         along = torch.arange(size, device=device)
-        hit = (along >= start[:, None]) & (along < (start + side)[:, None])
-        inside = inside & hit.reshape(batch, *(size if i == axis else 1 for i in range(1, images.ndim)))
+        hit = (along >= start[:, None]) & (along < (start + side)[:, None])  # (N, size)
+        inside = inside & hit.reshape(count, *(size if i == axis else 1 for i in range(1, images.ndim)))
     return inside
 
 

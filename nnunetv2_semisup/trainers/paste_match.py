@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_semisup.labels import partly_known
+from nnunetv2_semisup.labels import labels_and_weights
 from nnunetv2_semisup.losses.consistency import decide, probabilities
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.teacher import Teacher
@@ -122,7 +122,7 @@ class PasteMatch(SemiSupMethod[PasteMatchSettings]):
 
     def _true_labels(self, labelled: dict, count: int) -> Patches:
         """``count`` labelled patches, the batch repeated where it is smaller."""
-        label, known = partly_known(labelled["target"], self.task.has_regions, self.task.ignore_label)
+        label, known = labels_and_weights(labelled["target"], self.task.has_regions, self.task.ignore_label)
         chosen = torch.arange(count, device=label.device) % len(label)
         return Patches(labelled["data"][chosen], label[chosen], known[chosen])
 

@@ -1,7 +1,7 @@
-"""UA-MT: a mean teacher that teaches only where repeated noisy predictions of it are certain.
+"""UA-MT: Mean Teacher that learns only where the teacher, asked several times, is certain.
 
-Reference: Yu, Wang, Li, Fu & Heng, "Uncertainty-Aware Self-Ensembling Model for Semi-Supervised 3D Left Atrium
-Segmentation", MICCAI 2019, arXiv 1907.07034; released code.
+Reference: Yu et al., "Uncertainty-Aware Self-Ensembling Model for Semi-Supervised 3D Left Atrium Segmentation", MICCAI
+2019, arXiv 1907.07034; released code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_semisup.losses.consistency import decide, probabilities
+from nnunetv2_semisup.losses.consistency import (
+    agreement,
+    decide,
+    entropy,
+    mean_squared_difference,
+    probabilities,
+)
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.teacher import Teacher
 from nnunetv2_semisup.perturbations.feature import draw_channel_masks, drop_channels
@@ -27,25 +33,26 @@ from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 
 @dataclass(frozen=True)
 class UAMTSettings(SemiSupSettings):
-    """The released code's values for LA, converted to nnU-Net's supervised loss."""
+    """Defaults are the paper's, converted to nnU-Net's supervised loss."""
 
     consistency_weight: float = setting(
         0.2, "0.1 beside (CE + Dice) / 2; doubled: nnU-Net's CE + Dice is not halved", within="[0, inf)"
     )
-    ramp_fraction: float = setting(0.0, "a ramp of its own; published: the whole training", "share", within="[0, 1]")
-    samples: int = setting(8, "paper and code: stochastic predictions of the teacher", "passes", within="[2, inf)")
-    first_threshold: float = setting(
-        0.75,
-        "paper and code: of the uncertainty at the start; it rises to 1",
-        "of the largest entropy",
-        within="[0, 1]",
+    ramp_fraction: float = setting(
+        0.0, "a ramp of its own; published: 1, all 6,000 iterations", "share", within="[0, 1]"
+    )
+    teacher_decay: float = setting(0.99, "released code", "per step", within="[0, 1)")
+    samples: int = setting(
+        8, "paper: T, passes of the teacher that measure its uncertainty", "passes", within="[1, inf)"
     )
     dropout: float = setting(
-        0.5, "paper and code: of a channel at the bottleneck and before the last convolution", within="[0, 1)"
+        0.5, "released network: channels at the bottleneck and before the output", "probability", within="[0, 1)"
     )
-    teacher_decay: float = setting(0.99, "paper and code", "per step", within="[0, 1)")
-    noise_std: float = setting(0.1, "code", "normalised intensity", within="[0, inf)")
-    noise_limit: float = setting(0.2, "code", "normalised intensity", within="[0, inf)")
+    noise_std: float = setting(0.1, "released code", "normalised intensity", within="[0, inf)")
+    noise_limit: float = setting(0.2, "released code", "normalised intensity", within="[0, inf)")
+    threshold_start: float = setting(
+        0.75, "paper: of the largest entropy, to which the threshold rises", "share", within="[0, 1]"
+    )
 
     published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "ramp_fraction": 1.0}
 
@@ -53,8 +60,8 @@ class UAMTSettings(SemiSupSettings):
 class UAMT(SemiSupMethod[UAMTSettings]):
     """Two groups per step: consistency where the teacher is certain, then the stock supervised loss.
 
-    Deviations: the supervised pass has no dropout, so that it is nnU-Net's; for C classes ln 2 and the divisor 2 of the
-    binary code become ln C and C; with regions each head has an entropy and a mask of its own.
+    Deviations: the planned network has no dropout; channels are dropped in all passes on unlabelled patches and not in
+    the labelled one, which stays nnU-Net's. The ln 2 of the threshold is ln C for C classes.
     """
 
     settings_class = UAMTSettings
@@ -67,38 +74,8 @@ class UAMT(SemiSupMethod[UAMTSettings]):
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
         weight = self.settings.consistency_weight * sigmoid_ramp_up(progress, self.settings.ramp_fraction)
         if weight > 0:
-            yield {"consistency": (weight, self._consistency(network, unlabelled["data"], progress))}
+            yield {"consistency": (weight, self._consistency(network, unlabelled["data"], self.threshold(progress)))}
         yield self.supervised(network, labelled)
-
-    def threshold(self, progress: float) -> float:
-        """Share of the largest entropy below which a voxel counts: from 0.7517 up to 1 (code)."""
-        first = self.settings.first_threshold
-        return first + (1 - first) * sigmoid_ramp_up(progress, 1.0)
-
-    def _consistency(self, network: nn.Module, images: Tensor, progress: float) -> Tensor:
-        regions = self.task.has_regions
-        with torch.no_grad():
-            target = self._noisy(images)
-            mean = self._noisy(images)
-            for _ in range(self.settings.samples - 1):
-                mean = mean + self._noisy(images)
-            certain = relative_entropy(mean / self.settings.samples, regions) < self.threshold(progress)
-            self.note_pseudo_labels(decide(target, regions))
-            self.diagnostics["share_certain"] = certain.float().mean()
-        student = probabilities(self._dropped_logits(network, images), regions)
-        return certain_squared_difference(student, target, certain, self.head_weights)
-
-    def _noisy(self, images: Tensor) -> Tensor:
-        """Probabilities of the teacher under fresh noise and dropout."""
-        noise = draw_clipped_noise(images, self.settings.noise_std, self.settings.noise_limit)
-        return probabilities(self._dropped_logits(self.teacher.module, images + noise), self.task.has_regions)
-
-    def _dropped_logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        rate = self.settings.dropout
-        *skips, bottleneck = taps.encode(network, images)
-        skips += drop_channels([bottleneck], draw_channel_masks([bottleneck], rate))
-        features = [taps.decode(network, skips)[1]]
-        return taps.segment(network, drop_channels(features, draw_channel_masks(features, rate))[0])
 
     def after_step(self, network: nn.Module) -> None:
         self.teacher.update_parameters(network)
@@ -106,30 +83,45 @@ class UAMT(SemiSupMethod[UAMTSettings]):
     def reset(self, network: nn.Module) -> None:
         self.teacher.reset(network)
 
+    def threshold(self, progress: float) -> float:
+        """Entropy below which a voxel is certain; it rises to that of the uniform distribution."""
+        start = self.settings.threshold_start
+        largest = math.log(2 if self.task.has_regions else self.task.num_heads)
+        return (start + (1 - start) * sigmoid_ramp_up(progress, 1.0)) * largest
 
-def relative_entropy(p: Tensor, regions: bool) -> Tensor:
-    """Entropy over the largest possible one, in [0, 1]: (B, 1, X, Y, Z); with regions of each head, of p's shape.
+    def _consistency(self, network: nn.Module, images: Tensor, threshold: float) -> Tensor:
+        """Student on clean images against one pass of the teacher, over the voxels where the teacher is certain."""
+        regions = self.task.has_regions
+        with torch.no_grad():
+            target = self._teacher(images)
+            certain = entropy(self._teachers_mean(images), regions) < threshold
+        student = probabilities(self._logits(network, images), regions)
+        self.diagnostics["share_certain"] = certain.float().mean()
+        self.diagnostics["share_teacher_student_agreement"] = agreement(student, target, regions)
+        self.note_pseudo_labels(decide(target, regions))
+        return mean_squared_difference(student, target, self.head_weights, certain)
 
-    Args:
-        p: (B, heads, X, Y, Z) probabilities.
-        regions: True: each head is a binary decision.
-    """
-    if regions:
-        return -(p * torch.log(p + 1e-6) + (1 - p) * torch.log(1 - p + 1e-6)) / math.log(2)
-    return -(p * torch.log(p + 1e-6)).sum(1, keepdim=True) / math.log(p.shape[1])
+    def _teachers_mean(self, images: Tensor) -> Tensor:
+        """Mean probabilities over the samples, one after the other to save memory."""
+        total = self._teacher(images)
+        for _ in range(self.settings.samples - 1):
+            total += self._teacher(images)
+        return total / self.settings.samples
 
+    def _teacher(self, images: Tensor) -> Tensor:
+        """Probabilities under noise and dropout, new in each call."""
+        noise = draw_clipped_noise(images, self.settings.noise_std, self.settings.noise_limit)
+        return probabilities(self._logits(self.teacher.module, images + noise), self.task.has_regions)
 
-def certain_squared_difference(student: Tensor, teacher: Tensor, certain: Tensor, weights: Tensor) -> Tensor:
-    """sum m w (p_s - p_t)^2 / sum m over all heads; 0 where no voxel is certain.
+    def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Full-resolution logits with channels dropped at the bottleneck and before the output layer."""
+        *skips, bottleneck = taps.encode(network, images)
+        _, features = taps.decode(network, [*skips, self._drop(bottleneck)])
+        return taps.segment(network, self._drop(features))
 
-    Args:
-        student, teacher: (B, heads, X, Y, Z) probabilities; the student's carry the gradient.
-        certain: m, (B, 1, X, Y, Z) or (B, heads, X, Y, Z) bool.
-        weights: w, (heads,) in [0, 1].
-    """
-    weights = weights.reshape(1, -1, *[1] * (student.ndim - 2))
-    squares = torch.where(certain, weights * (student - teacher) ** 2, 0)
-    return squares.sum() / certain.expand_as(squares).sum().clamp(min=1)
+    def _drop(self, features: Tensor) -> Tensor:
+        (dropped,) = drop_channels([features], draw_channel_masks([features], self.settings.dropout))
+        return dropped
 
 
 class nnUNetTrainerUAMT(nnUNetTrainerSemiSup):

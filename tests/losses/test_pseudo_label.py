@@ -9,6 +9,8 @@ from nnunetv2_semisup.losses.pseudo_label import (
     PseudoLabel,
     confidence_weighted_cross_entropy,
     kept,
+    largest_components,
+    masked_cross_entropy,
     masked_dice,
     mix,
     pseudo_label,
@@ -183,3 +185,34 @@ def test_a_class_of_weight_zero_does_not_change_the_cross_entropy_of_the_others(
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
     assert not gradients[1].movedim(1, -1)[label[:, 0] == 0].any()
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_masked_cross_entropy_is_the_mean_over_all_voxels(regions):
+    logits = torch.randn(2, 3, 4, 5)
+    target = pseudo_label(torch.randn(2, 3, 4, 5), regions)
+    keep = torch.rand(target.label.shape)
+    if regions:
+        p = torch.where(target.label.bool(), torch.sigmoid(logits), 1 - torch.sigmoid(logits))
+    else:
+        p = torch.softmax(logits, 1).gather(1, target.label)
+    torch.testing.assert_close(
+        masked_cross_entropy(logits, target, keep, regions), -(keep * p.log()).sum() / keep.numel()
+    )
+
+
+def test_largest_components_of_each_class_and_sample():
+    label = torch.zeros(2, 1, 6, 6, dtype=torch.int64)
+    label[0, 0, 0, :3] = 1
+    label[0, 0, 4, 4] = label[0, 0, 5, 5] = 1  # a corner connects: two voxels, fewer than three
+    label[0, 0, 3, 0] = 2
+    label[1, 0, 5, :2] = 1
+    expected = label.clone()
+    expected[0, 0, 4, 4] = expected[0, 0, 5, 5] = 0
+    assert torch.equal(largest_components(label), expected)
+    regions = torch.cat([label == 1, label > 0], 1)
+    kept_regions = largest_components(regions)
+    assert kept_regions.dtype == torch.bool
+    assert torch.equal(kept_regions[:, 0], expected[:, 0] == 1)
+    assert not kept_regions[0, 1, 3, 0], "of the region, not of the class"
+    assert not largest_components(torch.zeros_like(label)).any()

@@ -45,7 +45,7 @@ def test_equals_stock_forward_and_gradient(network):
     assert all(torch.equal(a, b) for a, b in zip(as_list(output), expected, strict=True))
     assert gradients.keys() == {k for k, p in network.named_parameters() if p.grad is not None}
     assert all(torch.equal(p.grad, gradients[k]) for k, p in network.named_parameters() if k in gradients)
-    assert torch.equal(network.decoder.seg_layers[-1](features), expected[0])
+    assert torch.equal(taps.segment(network, features), expected[0])
     assert torch.equal(taps.logits(network, images), expected[0])
 
 

@@ -1,9 +1,13 @@
 """CutMix boxes of half a plane and ClassMix masks."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nnunetv2_semisup.perturbations.mixing import draw_class_masks, draw_half_plane_boxes
+from nnunetv2_semisup.perturbations.mixing import draw_class_masks, draw_half_plane_boxes, draw_shared_box
 
 
 @pytest.mark.parametrize("shape", [(16, 24, 32), (24, 32)])
@@ -42,3 +46,21 @@ def test_class_masks_keep_half_of_the_classes_present():
         assert len(kept) == len(kept | gone) // 2
         kept_classes.append(kept)
     assert set().union(*kept_classes) == {0, 1, 2, 3, 4}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=3), st.fractions(0, 1).filter(bool), st.integers(0, 1000))
+def test_a_shared_box_is_one_cuboid_inside_the_patch(shape, side, seed):
+    torch.manual_seed(seed)
+    box = draw_shared_box(torch.zeros(3, 2, *shape), float(side))
+    assert box.shape == (1, 1, *shape) and box.dtype == torch.bool
+    expected = [max(1, math.floor(side * size)) for size in shape]
+    assert box.sum() == math.prod(expected)
+    inside = box[0, 0].nonzero()
+    assert (inside.amax(0) - inside.amin(0) + 1).tolist() == expected
+
+
+def test_a_shared_box_has_the_published_size_and_reaches_every_border():
+    assert draw_shared_box(torch.zeros(1, 1, 112, 112, 80), 2 / 3).sum() == 74 * 74 * 53
+    boxes = torch.cat([draw_shared_box(torch.zeros(1, 1, 6, 6), 2 / 3) for _ in range(100)])
+    assert boxes.any(0).all() and not boxes.all(0).all()

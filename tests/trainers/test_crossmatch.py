@@ -8,6 +8,7 @@ import torch
 from helpers import make_batch
 
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.perturbations import image as image_views
 from nnunetv2_semisup.trainers import crossmatch
 
 NAME = "nnUNetTrainerCrossMatch"
@@ -116,15 +117,16 @@ def test_trimmed_groups_have_the_gradients_of_the_released_plan(configuration, k
     trainer = build(use(datasets(kind)), configuration, box_probability=1.0, guards=False)
     batch = make_batch(trainer)
     drawn = {}
-    for name in ("draw_channel_masks", "draw_strong_view", "draw_boxes"):
-        original = getattr(crossmatch, name)
+    draws = {"draw_channel_masks": crossmatch, "draw_strong_view": image_views, "draw_boxes": image_views}
+    for name, module in draws.items():
+        original = getattr(module, name)
 
         def recorded(*args, original=original, name=name):
             result = original(*args)
             drawn.setdefault(name, []).append(result)
             return result
 
-        monkeypatch.setattr(crossmatch, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
     torch.manual_seed(1)
     for group in trainer.method.losses(trainer.network, batch, batch["unlabelled"], 0.5):
         sum(weight * value for weight, value in group.values()).backward()
