@@ -86,7 +86,7 @@ def released_plan(trainer, batch, drawn) -> torch.Tensor:
         m_clean, m_weak, m_strong = (decide(z, regions) for z in streams(m, masks[2], masks[3]))
     z_clean, z_weak, z_strong = streams(u, masks[0], masks[1])
     u_clean, u_weak, u_strong = (decide(z.detach(), regions) for z in (z_clean, z_weak, z_strong))
-    apply = crossmatch.apply_strong_view
+    apply = image_views.apply_strong_view
     mixed = [
         torch.where(box, apply(m, view_m), apply(u, view_u))
         for box, view_m, view_u in ((boxes[0], *views[:2]), (boxes[1], *views[2:]))
