@@ -27,8 +27,9 @@ from nnunetv2_semisup.benchmark import statistics, table
 from nnunetv2_semisup.benchmark.grid import BASELINE, Run
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.benchmark.table import Comparison
+from nnunetv2_semisup.data.folders import read_dataset_json
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import read_json, whole_file
+from nnunetv2_semisup.files import whole_file
 
 # A trainer looks the same in every picture. Okabe & Ito's colours: distinguishable with the common colour blindnesses.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
@@ -309,7 +310,7 @@ def draw_overlays(results: Path, work: WorkFolder) -> list[Path]:
 
 
 def _overlay(raw: Path, chosen: dict, ranked, predictions: dict[str, Path], c: Comparison) -> Figure:
-    dataset_json = read_json(raw / "dataset.json", "it belongs to nnU-Net's raw data")
+    dataset_json = read_dataset_json(raw)
     ending = dataset_json["file_ending"]
     figure = Figure(figsize=(3.4 * (1 + len(predictions)), 3.3 * len(chosen) + 0.4), layout="constrained")
     FigureCanvasAgg(figure)

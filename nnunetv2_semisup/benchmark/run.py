@@ -18,6 +18,7 @@ from nnunetv2_semisup import discovery, settings
 from nnunetv2_semisup.benchmark import records, worker
 from nnunetv2_semisup.benchmark.grid import BASELINE, Run, family
 from nnunetv2_semisup.benchmark.records import WorkFolder
+from nnunetv2_semisup.data.folders import read_dataset_json
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json
 from nnunetv2_semisup.settings import SemiSupSettings
@@ -197,7 +198,7 @@ def unequal_steps(runs: list[Run]) -> list[str]:
 
 def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
     raw, preprocessed = (Path(os.environ[name], dataset) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
-    dataset_json = read_json(raw / "dataset.json", "is this data set in nnUNet_raw?")
+    dataset_json = read_dataset_json(raw)
     ending = dataset_json["file_ending"]
     images = {f.name[: -len(ending) - 5] for f in raw.glob(f"imagesTs/*{ending}")}
     labels = {f.name[: -len(ending)] for f in raw.glob(f"labelsTs/*{ending}")}

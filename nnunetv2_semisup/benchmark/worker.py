@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from nnunetv2_semisup.benchmark import records
 from nnunetv2_semisup.benchmark.grid import Run
 from nnunetv2_semisup.benchmark.records import WorkFolder
-from nnunetv2_semisup.data.folders import labelled_identifiers
+from nnunetv2_semisup.data.folders import labelled_identifiers, read_dataset_json
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json
 
@@ -64,7 +64,7 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
     record = work.read(run)
     if record is None:
         _remove(model / f"fold_{run.fold}")
-        dataset_json = read_json(raw / "dataset.json", "it belongs to nnU-Net's raw data")
+        dataset_json = read_dataset_json(raw)
         record = {
             "format": records.FORMAT,
             "run": run.id,

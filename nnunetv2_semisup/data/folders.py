@@ -6,6 +6,7 @@ import glob
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.utilities.utils import (
     get_filenames_of_train_images_and_targets,
@@ -36,15 +37,63 @@ def read_dataset_json(raw_dataset_folder: Path) -> dict:
     """Content of ``dataset.json``, checked for the keys that everything here needs."""
     file = raw_dataset_folder / "dataset.json"
     content = read_json(file, "repair it")
+    check_dataset_json(content, file)
+    return content
+
+
+def check_dataset_json(content: Any, file: Path) -> None:
+    """Raise an InputError unless ``content`` is what nnU-Net's dataset format describes, with names that are safe.
+
+    Case ids and the file ending become parts of paths that are written. So an id is a plain file name, and an ending a
+    dot with letters and digits, perhaps several times.
+    """
     needed = ("channel_names", "labels", "file_ending")
     if not isinstance(content, dict):
-        raise InputError(f"{file} is a list, not an object with {', '.join(needed)}: repair it")
+        raise InputError(f"{file} is no object with {', '.join(needed)}: repair it")
     missing = [key for key in needed if not content.get(key) and not (key == "channel_names" and "modality" in content)]
     if missing:
         raise InputError(f"{file} has no {', '.join(missing)}: add it as nnU-Net's dataset format describes")
-    if not isinstance(content["labels"], dict):
-        raise InputError(f'{file}: labels must be {{"name": value, ...}}: correct it')
-    return content
+    for key in ("channel_names", "modality", "labels"):
+        if not isinstance(content.get(key, {}), dict):
+            raise InputError(f'{file}: {key} must be an object, {{"0": NAME}} or {{NAME: value}}: correct it')
+    ending = content["file_ending"]
+    if not isinstance(ending, str) or not re.fullmatch(r"(\.[A-Za-z0-9]+)+", ending):
+        raise InputError(
+            f"{file}: file_ending {ending!r} must be a dot with letters and digits, as .nii.gz: correct it"
+        )
+    entries = content.get("dataset", {})
+    if not isinstance(entries, dict):
+        raise InputError(f'{file}: dataset must be {{CASE: {{"images": [FILE], "label": FILE}}}}: correct it')
+    labels = set()
+    for case, entry in entries.items():
+        if not is_plain_name(case):
+            raise InputError(f"{file}: the case id {case!r} is no plain file name: rename the case")
+        files = entry.get("images") if isinstance(entry, dict) else None
+        if (
+            not isinstance(files, list)
+            or not files
+            or not all(isinstance(f, str) for f in [*files, entry.get("label")])
+        ):
+            raise InputError(f'{file}: case {case} must have "images": [FILE, ...] and "label": FILE: correct it')
+        labels.add(_resolved(file, entry["label"]))
+    for case, entry in entries.items():
+        for image in entry["images"]:
+            if _resolved(file, image) in labels:
+                raise InputError(f"{file}: case {case} names the label {image} as an image: correct it")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` can be a file's name on every system: one part of a path, printable, and UTF-8."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return bool(name.strip(". ")) and name.isprintable() and not set(name) & set('/\\:*?"<>|')
+
+
+def _resolved(dataset_json: Path, file: str) -> Path:
+    """A file that dataset.json names, as nnU-Net finds it: relative to the raw data set's folder."""
+    return (dataset_json.parent / file).resolve()
 
 
 def channel_count(dataset_json: dict) -> int:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from nnunetv2_semisup.data import checks
 from nnunetv2_semisup.data.folders import (
     RAW_FOLDER,
+    check_dataset_json,
     find_unlabeled_cases,
     manifest_file,
     unlabeled_folder,
@@ -207,6 +208,7 @@ def _read_task(dataset_name: str, plans_name: str, configuration: str) -> _Task:
         existing = ", ".join(plans["configurations"])
         raise InputError(f"{plans_file} has no configuration {configuration!r}: choose one of {existing}, or {command}")
     dataset_json = read_json(folder / "dataset.json", command)
+    check_dataset_json(dataset_json, folder / "dataset.json")
     return _Task(dataset_name, plans_name, configuration, folder, dataset_json, plans)
 
 

@@ -2,6 +2,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nnunetv2_semisup import files
 from nnunetv2_semisup.data import folders
@@ -153,3 +155,94 @@ def test_hidden_files_that_nnunet_would_take_for_cases(tmp_path):
         folders.labelled_identifiers(tmp_path, ONE_CHANNEL)
     (tmp_path / "imagesTr" / "._c_0000.nii.gz").unlink()
     assert folders.labelled_identifiers(tmp_path, ONE_CHANNEL) == ["c"]
+
+
+GOOD = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
+
+
+def entry(**changes):
+    return {"images": ["imagesTr/a_0000.nii.gz"], "label": "labelsTr/a.nii.gz", **changes}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "../a",
+        "a/b",
+        "/a",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "a\nb",
+        "a\0b",
+        "a\ud800",
+        "../../../site-packages/zz",
+        "C:a",
+        " ",
+        "a\u202e",
+    ],
+)
+def test_a_case_id_that_is_no_plain_file_name_is_refused(tmp_path, case):
+    """Input: dataset.json with a case id that leads elsewhere. Answer: one line that names it; nothing is read."""
+    with pytest.raises(InputError, match="is no plain file name: rename the case") as error:
+        folders.check_dataset_json(GOOD | {"dataset": {case: entry()}}, tmp_path / "dataset.json")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["a", "Patient 7", "fall_ü-03.b", "李明", "it's", "a_0000", "x" * 200])
+def test_names_of_people_and_other_scripts_are_plain(case, tmp_path):
+    folders.check_dataset_json(GOOD | {"dataset": {case: entry()}}, tmp_path / "dataset.json")
+
+
+@pytest.mark.parametrize("ending", ["nii.gz", ".nii/../x", "/etc", ".", "..gz", ".nii.gz ", 5, ["nii"], ".p\nth", "*"])
+def test_a_file_ending_is_a_dot_with_letters_and_digits(tmp_path, ending):
+    """Input: dataset.json whose file_ending is a path, has no dot, or is no text. Answer: one line that says so."""
+    with pytest.raises(InputError, match="file_ending .* must be a dot with letters and digits"):
+        folders.check_dataset_json(GOOD | {"file_ending": ending}, tmp_path / "dataset.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": ["a"]}, "dataset must be"),
+        ({"dataset": {"a": {"label": "x"}}}, 'case a must have "images"'),
+        ({"dataset": {"a": entry(images="imagesTr/a_0000.nii.gz")}}, 'case a must have "images"'),
+        ({"dataset": {"a": entry(images=[])}}, 'case a must have "images"'),
+        ({"dataset": {"a": entry(label=None)}}, 'case a must have "images"'),
+        ({"dataset": {"a": "imagesTr"}}, 'case a must have "images"'),
+        ({"channel_names": "MR"}, "channel_names must be an object"),
+        ({"channel_names": ["MR"]}, "channel_names must be an object"),
+        ({"labels": ["organ"]}, "labels must be an object"),
+        ({"labels": {}}, "has no labels"),
+    ],
+)
+def test_a_dataset_json_of_another_form_is_refused_in_one_line(tmp_path, changes, message):
+    """Input: dataset.json with a key of another type. Answer: one line with file, key and the form it must have."""
+    with pytest.raises(InputError, match=message) as error:
+        folders.check_dataset_json(GOOD | changes, tmp_path / "dataset.json")
+    assert str(tmp_path / "dataset.json") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("image", ["labelsTr/a.nii.gz", "./imagesTr/../labelsTr/a.nii.gz"])
+def test_a_label_is_no_image_of_another_case(tmp_path, image):
+    """Input: dataset.json that names the label of one case as the image of another. Answer: refused, both named."""
+    content = GOOD | {"dataset": {"a": entry(), "b": entry(images=[image], label="labelsTr/b.nii.gz")}}
+    with pytest.raises(InputError, match="case b names the label .* as an image"):
+        folders.check_dataset_json(content, tmp_path / "dataset.json")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+        max_leaves=6,
+    ),
+    st.sampled_from(["channel_names", "labels", "file_ending", "dataset", "modality"]),
+)
+def test_any_content_is_accepted_or_refused_in_one_line(value, key):
+    try:
+        folders.check_dataset_json(GOOD | {key: value}, Path("dataset.json"))
+        folders.check_dataset_json(value, Path("dataset.json"))
+    except InputError as error:
+        assert "\n" not in str(error)

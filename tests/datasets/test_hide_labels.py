@@ -226,7 +226,7 @@ def test_labels_written_otherwise(labels, source):
 
 def test_dataset_json_that_is_a_list(source):
     (source / "dataset.json").write_text("[]")
-    with pytest.raises(InputError, match="dataset.json is a list"):
+    with pytest.raises(InputError, match="dataset.json is no object"):
         hide_labels("4", 504, "2")
 
 
