@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import LABELS, make_dataset
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -66,3 +67,7 @@ def short_steps(monkeypatch):
     monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, npz: None)
     monkeypatch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
     monkeypatch.setattr(DefaultPreprocessor, "run", in_this_process)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of images this small, more threads only wait for each other
+    yield
+    torch.set_num_threads(threads)
