@@ -183,6 +183,50 @@ def add_unlabeled(arguments: list[str] | None = None) -> None:
 
 
 @command
+def selftrain(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_selftrain",
+        description="Self-training with stock nnU-Net: train on the labelled cases, predict imagesUn, make a new data "
+        "set with the predictions as labels, train again. The same command goes on where it was interrupted.",
+    )
+    _dataset_argument(parser)
+    parser.add_argument(
+        "-o", type=int, required=True, metavar="ID", help="id of the first round's data set; later rounds: ID+1, ..."
+    )
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="of pseudo-labelling (default: %(default)s)")
+    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
+    parser.add_argument("-f", nargs="+", default=["all"], metavar="FOLD", help="all, or numbers (default: all)")
+    parser.add_argument("-tr", default="nnUNetTrainer", metavar="TRAINER", help="stock trainer (default: %(default)s)")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans (default: %(default)s)")
+    parser.add_argument(
+        "--drop",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the unlabelled cases to leave out, those whose predictions by different folds differ most; with "
+        "one fold or all: by different rounds, from round 2 on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--min_confidence",
+        type=float,
+        metavar="P",
+        help="voxels of less confidence get the ignore label (default: none)",
+    )
+    parser.add_argument("-device", choices=["cuda", "cpu", "mps"], default="cuda", help="default: %(default)s")
+    parser.add_argument("-np", type=int, default=None, metavar="N", help="processes (default: nnUNet_def_n_proc or 8)")
+    args = parser.parse_args(arguments)
+    if args.np is not None and args.np < 1:
+        raise InputError(f"-np {args.np}: at least one process is needed")
+    from nnunetv2.configuration import default_num_processes
+
+    from nnunetv2_semisup.selftrain import run as selftrain_module
+
+    rounds = (args.d, args.o, args.rounds)
+    options = selftrain_module.Options(*rounds, args.c, tuple(args.f), args.tr, args.p, args.drop, args.min_confidence)
+    print(selftrain_module.self_train(options, args.device, args.np or default_num_processes))
+
+
+@command
 def evaluate(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_evaluate",

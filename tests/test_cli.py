@@ -8,7 +8,7 @@ from nnunetv2_semisup import cli, discovery
 
 COMMANDS = [
     *(cli.trainers, cli.plans, cli.preprocess, cli.hide_labels, cli.add_unlabeled),
-    *(cli.evaluate, cli.benchmark, cli.demo),
+    *(cli.selftrain, cli.evaluate, cli.benchmark, cli.demo),
 ]
 
 

@@ -14,7 +14,7 @@ LAYERS = (
     ("trainers",),
     ("discovery",),
     ("datasets", "evaluation", "ext_trainers", "plans", "export"),
-    ("benchmark", "demo"),
+    ("benchmark", "demo", "selftrain"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
