@@ -1,9 +1,15 @@
 """Start-up line, typo hints, checks."""
 
+import inspect
 import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
+import nnunetv2_semisup
 from nnunetv2_semisup import discovery, trainers
 from nnunetv2_semisup.errors import InputError
 
@@ -66,3 +72,28 @@ def test_check_fails_when_another_class_hides_ours(monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), discovery.ext_trainers_folder()]))
     with pytest.raises(InputError, match="resolves nnUNetTrainerMeanTeacher to .* module impostor"):
         discovery.check()
+
+
+#: A trainer that is another one's next version, and needs its file.
+BUILT_ON = {"action": "action_plus_plus"}
+METHODS = sorted(trainer.__module__.rpartition(".")[2] for trainer in discovery.trainers().values())
+
+
+@pytest.mark.parametrize("removed", METHODS)
+def test_without_one_method_all_others_are_found(removed, tmp_path, monkeypatch):
+    """The folder of trainers lies in a copy, where the file is missing; all others are offered from there."""
+    gone = {removed, BUILT_ON.get(removed)}
+    expected = {n for n, t in discovery.trainers().items() if t.__module__.rpartition(".")[2] not in gone}
+    copied = Path(shutil.copytree(Path(trainers.__file__).parent, tmp_path / "trainers"))
+    for name in filter(None, gone):
+        (copied / f"{name}.py").unlink()
+    for module in [name for name in sys.modules if name.startswith("nnunetv2_semisup.trainers")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr(nnunetv2_semisup, "trainers")
+    monkeypatch.setattr(nnunetv2_semisup, "__path__", [str(tmp_path), *nnunetv2_semisup.__path__])
+    (scanned,) = Path(discovery.ext_trainers_folder()).glob("*.py")
+    offered = runpy.run_path(str(scanned))  # as nnU-Net's search does
+    assert len(expected) == len(METHODS) - len(gone - {None})
+    assert set(discovery.trainers()) == expected == {name for name in offered if name.startswith("nnUNetTrainer")}
+    for trainer in discovery.trainers().values():
+        assert Path(inspect.getfile(trainer)).parent == copied and trainer.method_class.settings_class()

@@ -5,7 +5,7 @@ for PlainConvUNet and ResidualEncoderUNet, with and without deep supervision.
 """
 
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,19 +103,6 @@ def use_channels_last(network: nn.Module, *others: nn.Module) -> None:
     is_3d = any(parameter.dim() == 5 for parameter in network.parameters())
     for module in (network, *others):
         module.to(memory_format=torch.channels_last_3d if is_3d else torch.channels_last)
-
-
-@torch.no_grad()
-def reinitialise(network: nn.Module, only_decoder: bool = False) -> None:
-    """Give the network, or its decoder, fresh weights as nnU-Net draws them."""
-    decoder, planned = _decoder(network), cast(Any, network)
-    # nnU-Net's decoder has the encoder as a submodule.
-    parts = (decoder.stages, decoder.transpconvs, decoder.seg_layers) if only_decoder else (planned,)
-    for part in parts:
-        for layer in part.modules():
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-        part.apply(planned.initialize)
 
 
 def check_supported(network: nn.Module) -> None:

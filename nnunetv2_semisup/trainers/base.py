@@ -329,8 +329,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             return
         self._enter_stage()
         self.method.ramp = ramp = self._start.ramp(*self._steps)
+        unramped = self.method.supervised_terms
         for group in self.method.losses(self.bare_network, labelled, unlabelled, self.progress):
-            yield {k: (w if k.startswith("supervised") else w * ramp, v) for k, (w, v) in group.items()}
+            yield {k: (w if k in unramped else w * ramp, value) for k, (w, value) in group.items()}
 
     def _enter_stage(self) -> None:
         stage = self.method.stage(self.progress)

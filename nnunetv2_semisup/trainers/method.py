@@ -50,8 +50,7 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
     Attributes:
         diagnostics: scalars of the step for the log, no gradient; shares in [0, 1] are named ``share_<what>``. The
             trainer empties it before each step.
-        ramp: of the step, in [0, 1]; the trainer multiplies all weights with it, but for terms named
-            ``supervised...``, which learn from labels.
+        ramp: of the step, in [0, 1]; the trainer multiplies the weights of all terms but ``supervised_terms`` with it.
         head_weights: (heads,) in [0, 1]: how much each head counts in the terms that rest on predictions. All 1 unless
             the trainer's burn-in or guards say otherwise; the trainer sets and saves it.
     """
@@ -65,6 +64,8 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
     learning_rate_starts: tuple[int, ...] = (0,)
     #: Before this epoch nothing is learned from labels: Dice means nothing and there is no best checkpoint.
     first_supervised_epoch: int = 0
+    #: Terms that rest on labels alone: the trainer's ramp leaves their weights as they are.
+    supervised_terms: ClassVar[tuple[str, ...]] = ("supervised",)
     #: True: the unlabelled batch has ``partners``, another draw of as many patches to mix with.
     wants_partners: bool = False
 
