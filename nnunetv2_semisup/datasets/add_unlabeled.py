@@ -194,8 +194,11 @@ def _side_spacing(file: Path) -> tuple[float, ...]:
     """x, y, z in mm, of a file that has them as nnU-Net reads them, ``{"spacing": [z, y, x]}``."""
     content = read_json(file, "correct it")
     spacing = content.get("spacing") if isinstance(content, dict) else None
-    numbers = isinstance(spacing, list) and len(spacing) == 3 and all(type(value) in (int, float) for value in spacing)
-    if not numbers or not all(0 < value < np.inf for value in spacing):
+    if (
+        not isinstance(spacing, list)
+        or len(spacing) != 3
+        or not all(type(value) in (int, float) and 0 < value < np.inf for value in spacing)
+    ):
         raise InputError(f'{file}: expected {{"spacing": [z, y, x]}}, three numbers above 0 in mm; correct it')
     return tuple(map(float, spacing[::-1]))
 
