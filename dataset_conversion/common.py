@@ -36,7 +36,7 @@ from nnunetv2_semisup.data.checks import (
 )
 from nnunetv2_semisup.data.folders import PATIENTS
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.datasets.images import check_inside, check_source, read_image, write_image
+from nnunetv2_semisup.datasets.images import check_inside, check_source, orientation, read_image, write_image
 from nnunetv2_semisup.datasets.raw import SUBFOLDERS, new_dataset_path, publish, reserved_id, write_splits
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import write_json
@@ -246,7 +246,8 @@ def convert_case(job: Job) -> Facts:
         image, label, remark = job.read(case)
         images = image if isinstance(image, tuple) else (image,)
         voxels = _check(case, images, label, job.values)
-        facts = Facts(case.name, case.role, images[0].GetSize(), images[0].GetSpacing(), voxels, remark)
+        axes = orientation(images[0]) if images[0].GetDimension() == 3 else ""
+        facts = Facts(case.name, case.role, images[0].GetSize(), images[0].GetSpacing(), voxels, remark, axes)
         for written, file in zip((*images, label), _outputs(job), strict=False):
             write_image(written, file)
         if job.folder:

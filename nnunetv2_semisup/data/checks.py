@@ -11,6 +11,7 @@ import numpy as np
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 
+from nnunetv2_semisup.data.orientation import differing_axes
 from nnunetv2_semisup.errors import InputError
 
 LABELLED, UNLABELLED, VALIDATION, TEST = "labelled", "unlabelled", "validation", "test"
@@ -130,6 +131,7 @@ class Facts:
         spacing: mm along x, y (and z).
         voxels: class value -> number of voxels; empty without a label.
         remark: something to tell the user, or "".
+        axes: where they point, e.g. "LPS"; "" for 2D images.
     """
 
     case: str
@@ -138,6 +140,7 @@ class Facts:
     spacing: tuple[float, ...]
     voxels: dict[int, int]
     remark: str = ""
+    axes: str = ""
 
     def volume(self, value: int) -> float:
         """Volume of a class in ml."""
@@ -182,7 +185,8 @@ def facts_rows(
         cases = [fact.case for fact in facts if fact.remark == remark]
         more = f" and {len(cases) - 5} more" if len(cases) > 5 else ""
         rows.append(("note", f"{remark}: {len(cases)} cases ({', '.join(cases[:5])}{more})"))
-    return rows
+    turned = differing_axes({f.case: f.axes for f in facts}, [f.case for f in facts if f.role == LABELLED])
+    return [*rows, ("WARNING", turned)] if turned else rows
 
 
 def range_text(rows: Sequence[Sequence[float]]) -> str:

@@ -32,10 +32,12 @@ from nnunetv2_semisup.data.folders import (
     RAW_FOLDER,
     check_dataset_json,
     find_unlabeled_cases,
+    labelled_cases,
     manifest_file,
     unlabeled_folder,
 )
 from nnunetv2_semisup.data.jobs import submit, worker_pool
+from nnunetv2_semisup.data.orientation import differing_axes, stored_axes, turns_images
 from nnunetv2_semisup.data.reading import read_errors
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json, write_json
@@ -96,11 +98,14 @@ def preprocess_unlabeled(
         return _wanted(task, survey, identifiers)
     if not survey.pending_of(_wanted(task, survey, identifiers)) and not survey.strays:
         log(f"{len(survey.recorded)} unlabelled cases are preprocessed in {task.folder}")
-        return _wanted(task, survey, identifiers)
+        wanted = _wanted(task, survey, identifiers)
+        _tell_turned(task, survey, wanted, log)
+        return wanted
 
     with _locked(task.lock_file, log):
         survey = _survey(task)  # another process may have done it meanwhile
         wanted = _wanted(task, survey, identifiers)
+        _tell_turned(task, survey, wanted, log)
         _tidy(task, survey)
         pending = survey.pending_of(wanted)
         if pending:
@@ -210,6 +215,19 @@ def _read_task(dataset_name: str, plans_name: str, configuration: str) -> _Task:
     dataset_json = read_json(folder / "dataset.json", command)
     check_dataset_json(dataset_json, folder / "dataset.json")
     return _Task(dataset_name, plans_name, configuration, folder, dataset_json, plans)
+
+
+def _tell_turned(task: _Task, survey: _Survey, wanted: list[str], log: Callable[[str], None]) -> None:
+    """Warn of images whose axes point elsewhere than those of the labelled ones."""
+    if turns_images(task.plans["image_reader_writer"]):
+        return
+    labelled = labelled_cases(Path(nnUNet_raw) / task.dataset_name, task.dataset_json)
+    axes = {case: stored_axes(str(files["images"][0])) for case, files in labelled.items() if files["images"]}
+    for case in wanted:  # the manifest has those of finished cases: thousands of headers take long to read
+        entry = survey.recorded.get(case, {})
+        axes[case] = entry["axes"] if "axes" in entry else stored_axes(survey.files[case][0])
+    if turned := differing_axes(axes, labelled):
+        log(f"WARNING: {turned}")
 
 
 def _dataset_id(dataset_name: str) -> str:
@@ -344,7 +362,8 @@ def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: in
     def publish(case: str) -> None:
         for suffix in SUFFIXES:
             os.replace(work / f"{case}{suffix}", task.folder / f"{case}{suffix}")
-        recorded[case] = {"images": survey.facts[case], "sizes": _sizes(task.folder, case)}
+        axes = stored_axes(survey.files[case][0])
+        recorded[case] = {"images": survey.facts[case], "sizes": _sizes(task.folder, case), "axes": axes}
         _write_manifest(task, recorded)
         bar.update()
 

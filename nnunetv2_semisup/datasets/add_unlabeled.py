@@ -25,13 +25,21 @@ from nnunetv2_semisup.data.folders import (
 )
 from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.datasets import images
-from nnunetv2_semisup.datasets.incoming import PHOTOGRAPHS, Incoming, find_incoming, other_kinds, present_cases
+from nnunetv2_semisup.datasets.incoming import (
+    PHOTOGRAPHS,
+    Incoming,
+    find_incoming,
+    other_kinds,
+    present_cases,
+    side_file,
+)
 from nnunetv2_semisup.datasets.raw import find_dataset, locked
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import listed, read_json, write_json
 
 RECORD = "added_unlabeled.json"  # in the dataset's folder: case -> source and hash
 WORK = ".tmp_unlabeled"  # there too, while images are written
+PLAN = ".plan"  # ending, there: what is to be done with the files of a case
 PREVIEWS = "previews_unlabeled"  # there too
 JUDGED = {"imagesTs": "test", "imagesVal": "validation"}  # images that training should not see
 
@@ -46,6 +54,7 @@ class Seen:
         hash: of its content.
         channels: number of channels.
         spacing: x, y(, z) in mm.
+        has_side: it was read from a file beside the image.
         orientation: e.g. "LPS"; "" for 2D images.
         like_label: whole numbers and fewer than 10 different ones.
     """
@@ -55,6 +64,7 @@ class Seen:
     hash: str
     channels: int
     spacing: tuple[float, ...]
+    has_side: bool
     orientation: str
     like_label: bool
 
@@ -103,10 +113,11 @@ def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, previews: int, 
         find_unlabeled_cases(raw, dataset_json)  # what is wrong there would be wrong afterwards too
     incoming, others = find_incoming(source, channels, ending)
     images.check_inside([file for item in incoming for files in item.sources for file in files], source)
+    images.check_inside([item.side for item in incoming if item.side], source)
 
     known = {
         "imagesTr": [
-            Incoming(case, tuple((Path(file),) for file in files["images"]))
+            Incoming(case, tuple((Path(file),) for file in files["images"]), side_file(Path(files["images"][0])))
             for case, files in labelled_cases(raw, dataset_json).items()
         ],
         **{name: present_cases(raw / name, ending) for name in (RAW_FOLDER, *JUDGED)},
@@ -174,7 +185,22 @@ def look(item: Incoming) -> Seen:
     number = sum(channel.GetNumberOfComponentsPerPixel() for channel in channels)
     turned = images.orientation(first) if first.GetDimension() == 3 else ""
     few = _has_few_values(sitk.GetArrayViewFromImage(first))
-    return Seen(item.case, item.sources[0][0], images.content_hash(channels), number, first.GetSpacing(), turned, few)
+    spacing = _side_spacing(item.side) if item.side else first.GetSpacing()
+    file, digest = item.sources[0][0], images.content_hash(channels)
+    return Seen(item.case, file, digest, number, spacing, item.side is not None, turned, few)
+
+
+def _side_spacing(file: Path) -> tuple[float, ...]:
+    """x, y, z in mm, of a file that has them as nnU-Net reads them, ``{"spacing": [z, y, x]}``."""
+    content = read_json(file, "correct it")
+    spacing = content.get("spacing") if isinstance(content, dict) else None
+    if (
+        not isinstance(spacing, list)
+        or len(spacing) != 3
+        or not all(type(value) in (int, float) and 0 < value < np.inf for value in spacing)
+    ):
+        raise InputError(f'{file}: expected {{"spacing": [z, y, x]}}, three numbers above 0 in mm; correct it')
+    return tuple(map(float, spacing[::-1]))
 
 
 def _has_few_values(array: np.ndarray) -> bool:
@@ -212,6 +238,12 @@ def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reori
     if wrong:
         raise InputError(
             f"{listed(wrong)}: not {channels} channels, which dataset.json declares; remove or complete them"
+        )
+    bare = [str(fact.file) for fact in new if not fact.has_side]
+    if bare and any(fact.has_side for fact in labelled):
+        raise InputError(
+            f"{listed(bare, 3)}: no file CASE.json with the voxel size beside it, as labelled images have, so nnU-Net "
+            f'would take it for 1 mm; add it, {{"spacing": [z, y, x]}} in mm'
         )
     usual = {fact.orientation for fact in labelled}
     turned = [f"{fact.case} ({fact.orientation})" for fact in new if usual and fact.orientation not in usual]
@@ -270,8 +302,11 @@ def _write_case(move: _Move) -> None:
             shutil.copyfile(files[0], move.work / target)
         else:
             images.write_image(sitk.DICOMOrient(image, move.orientation) if turn else image, move.work / target)
+    if item.side:
+        shutil.copyfile(item.side, move.work / f"{item.case}.json")
+        targets.insert(0, f"{item.case}.json")
     entry = {"source": [str(files[0]) for files in item.sources], "content": move.hash}
-    write_json(move.work / f"{item.case}.json", {"files": targets, "record": {item.case: entry}})
+    write_json(move.work / f"{item.case}{PLAN}", {"files": targets, "record": {item.case: entry}})
 
 
 def _finish_moves(raw: Path) -> None:
@@ -280,7 +315,7 @@ def _finish_moves(raw: Path) -> None:
     Killed in between, the next call goes on: a case is planned as long as its plan is in the work folder.
     """
     work = raw / WORK
-    plans = [read_json(file, f"remove {work}") for file in sorted(work.glob("*.json"))]
+    plans = [read_json(file, f"remove {work}") for file in sorted(work.glob(f"*{PLAN}"))]
     if plans:
         file = raw / RECORD
         record = read_json(file, "repair or remove it") if file.exists() else {}

@@ -18,6 +18,7 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2_semisup.data.checks import check_label, require_finite, require_whole_nifti
 from nnunetv2_semisup.data.folders import PATIENTS, RAW_FOLDER, files_per_case, labelled_cases, read_dataset_json
 from nnunetv2_semisup.data.jobs import run_jobs
+from nnunetv2_semisup.data.orientation import differing_axes, stored_axes, turns_images
 from nnunetv2_semisup.data.reading import last_line, read_errors
 from nnunetv2_semisup.datasets.raw import find_dataset, link_or_copy, new_dataset_path, whole_folder, write_splits
 from nnunetv2_semisup.errors import InputError
@@ -92,6 +93,9 @@ def hide_labels(
         f"  {len(kept)} cases of {len(labelled)} patients keep their labels ({how})\n"
         f"  {len(hidden)} cases go to {RAW_FOLDER} without labels"
     )
+    if not turns_images(_reader(cases, dataset_json).__name__):
+        turned = differing_axes({case: stored_axes(files["images"][0]) for case, files in cases.items()}, kept)
+        report += f"\n  WARNING: {turned}" if turned else ""
     if dry_run:
         return f"{target}: dry run, nothing was written\n{report}"
     with whole_folder(target) as folder:

@@ -14,6 +14,7 @@ from nnunetv2_semisup.errors import InputError
 FORMATS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 PHOTOGRAPHS = (".png", ".bmp", ".tif", ".tiff")
 DETACHED = (".nhdr", ".mhd")  # headers whose voxels lie in another file
+SIDED = (".tif", ".tiff")  # beside 3D ones nnU-Net reads the voxel size from CASE.json
 COMPANIONS = (".raw", ".zraw", ".raw.gz", ".img")  # such voxels
 
 
@@ -24,10 +25,12 @@ class Incoming:
     Attributes:
         case: its id.
         sources: one entry per channel: a file, or the slices of a DICOM series.
+        side: the file beside a TIFF image that tells its voxel size, if there is one.
     """
 
     case: str
     sources: tuple[tuple[Path, ...], ...]
+    side: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,17 @@ def find_incoming(source: Path, channels: int, ending: str) -> tuple[list[Incomi
         hint = f"; {other_kinds(others)}" if others else ""
         kinds = ", ".join(formats) + ("" if formats == PHOTOGRAPHS else " and DICOM series")
         raise InputError(f"{source} holds no images of the formats {kinds}{hint}")
-    return _by_case(found, channels, source, ending), others
+    cases = _by_case(found, channels, source, ending)
+    sides = {item.side for item in cases}
+    return cases, [file for file in others if file not in sides]
+
+
+def side_file(image: Path) -> Path | None:
+    """``CASE.json`` beside ``CASE_0000.tif`` or ``CASE.tif``; None without one, and for other formats."""
+    if image.suffix.lower() not in SIDED:
+        return None
+    names = (re.sub(r"_\d{4}$", "", image.stem), image.stem)
+    return next((file for name in names if (file := image.with_name(f"{name}.json")).is_file()), None)
 
 
 def other_kinds(files: Sequence[Path]) -> str:
@@ -110,7 +123,10 @@ def _by_case(found: Sequence[_Image], channels: int, source: Path, ending: str) 
             raise InputError(f"{source}: case {case} has channel {there}, expected {expected} channels from 0000 on")
         if case.endswith("_seg"):
             raise InputError(f"{parts[0][0]}: nnU-Net keeps names ending with _seg for its own files: rename it")
-    return [Incoming(case, tuple(parts[i] for i in sorted(parts))) for case, parts in sorted(cases.items())]
+    return [
+        Incoming(case, tuple(parts[i] for i in sorted(parts)), side_file(parts[0][0]))
+        for case, parts in sorted(cases.items())
+    ]
 
 
 def _case_and_channel(image: _Image, name: str, channels: int, ending: str) -> tuple[str, int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import sleep
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from nnunetv2_semisup.data.loader import TwoStreamLoader, UnlabeledDataLoader, UnlabeledDataset, geometric_part
 
 WAIT_SECONDS = 0.002  # nnU-Net's value
+PARENT_SECONDS = 1.0  # between two looks of a worker at whether the training still runs
 
 Augmenter: TypeAlias = SingleThreadedAugmenter | NonDetMultiThreadedAugmenter
 
@@ -67,33 +69,33 @@ def start_augmenter(loader: DataLoader, workers: int, cached: int, seed: int | N
         return SingleThreadedAugmenter(loader, None)
     seeds = None if seed is None else [seed + i for i in range(workers)]
     augmenter = NonDetMultiThreadedAugmenter(
-        _EndsWithParent(loader), None, workers, cached, seeds=seeds, pin_memory=pin_memory, wait_time=WAIT_SECONDS
+        EndsWithParent(loader), None, workers, cached, seeds=seeds, pin_memory=pin_memory, wait_time=WAIT_SECONDS
     )
     next(augmenter)
     return augmenter
 
 
-class _EndsWithParent:
-    """A loader whose worker processes end when the training is killed; batchgenerators' own would poll for ever."""
+class EndsWithParent:
+    """``loader`` in a worker process that ends with its parent: after ``kill -9`` nobody else tells it to."""
 
     def __init__(self, loader: DataLoader):
         self.loader = loader
+        forkserver = multiprocessing.get_start_method() == "forkserver"  # there the server is the workers' parent
+        self.parent = None if forkserver else os.getpid()  # noted here: it may be gone when the worker starts
 
     def set_thread_id(self, thread_id: int) -> None:
-        """Called by the augmenter in each worker."""
+        """The first call that batchgenerators makes in the worker."""
+        self.loader.was_initialized = False  # as batchgenerators does for a loader of its own class
         self.loader.set_thread_id(thread_id)
-        threading.Thread(target=_exit_without, args=(os.getppid(),), daemon=True).start()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
+        threading.Thread(target=_exit_with_parent, args=(self.parent or os.getppid(),), daemon=True).start()
 
     def __next__(self) -> dict[str, Any]:
         return next(self.loader)
 
 
-def _exit_without(parent: int) -> None:
-    while os.getppid() == parent:  # an orphan has another parent
-        sleep(1)
+def _exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        sleep(PARENT_SECONDS)
     os._exit(1)
 
 

@@ -591,3 +591,34 @@ def test_missing_plans_and_configurations_name_the_command(dataset, monkeypatch)
     monkeypatch.delenv("nnUNet_preprocessed")
     with pytest.raises(InputError, match="nnUNet_preprocessed is not set"):
         run(dataset)
+
+
+def turn(dataset, case, axes):
+    """Store an unlabelled case with other axes, at the same place in space."""
+    for channel in (0, 1):
+        file = dataset.raw / "imagesUn" / f"{case}_{channel:04d}.nii.gz"
+        sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), axes), str(file))
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("axes", ["ASL", "RAS", "LAS"])
+def test_unlabelled_image_with_other_axes_is_named_each_time(dataset, axes):
+    """Input: an image turned by hand in imagesUn. Answer: preprocessing and training warn and name it, every time."""
+    turn(dataset, "un_1", axes)
+    for _ in range(2):  # the second call, as a training's, finds everything done
+        lines = []
+        run(dataset, log=lines.append)
+        warnings = [line for line in lines if "WARNING" in line]
+        assert len(warnings) == 1 and f"usual here (LPS): un_1 ({axes})" in warnings[0]
+
+
+@pytest.mark.robustness
+def test_readers_that_turn_images_need_no_warning(dataset):
+    """Input: an image turned by hand, and a reader that turns images back. Answer: no warning."""
+    turn(dataset, "un_1", "ASL")
+    file = dataset.preprocessed / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    file.write_text(json.dumps({**plans, "image_reader_writer": "NibabelIOWithReorient"}))
+    lines = []
+    run(dataset, identifiers=["un_1"], log=lines.append)
+    assert not any("WARNING" in line for line in lines)

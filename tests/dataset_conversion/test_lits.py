@@ -147,3 +147,15 @@ def test_main(nnunet_raw, source, capsys):
     assert lits.main([*arguments, "--dry-run"]) == 0
     assert "nothing was written" in capsys.readouterr().out and not list(nnunet_raw.iterdir())
     assert lits.main(arguments) == 0 and not (nnunet_raw / "Dataset131_LiTS" / "previews").exists()
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("turned", [(0, 3), (2,), (5,)])
+def test_volumes_with_other_axes_are_named_in_the_report(nnunet_raw, source, turned):
+    """Input: volumes of LiTS with axes to the right and front among others. Answer: the report names them."""
+    for number in turned:
+        for file in source.glob(f"*/*-{number}.nii"):
+            sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), "RAS"), str(file))
+    report = lits.convert(source, 131, "4", "1", "both", options=Options(dry_run=True))
+    names = ", ".join(f"volume-{number} (RAS)" for number in turned)
+    assert f"usual here (LPS): {names}. nnU-Net does not turn images" in report

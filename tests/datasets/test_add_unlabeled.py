@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 from dicom_series import make_ct, write_series
 from filelock import FileLock
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_semisup import cli
 from nnunetv2_semisup.data.folders import find_unlabeled_cases
@@ -326,3 +327,57 @@ def test_killed_at_every_rename(moment, dataset, tmp_path, monkeypatch):
     assert added(dataset) == ["x_0000.nii.gz", "x_0001.nii.gz"]
     assert list(json.loads((dataset / "added_unlabeled.json").read_text())) == ["x"]
     assert not list(dataset.glob(".*"))
+
+
+@pytest.fixture
+def tiff_dataset(nnunet_raw):
+    """One labelled 3D TIFF of 6 x 1 x 1 mm, whose voxel size lies in the file beside it."""
+    folder = nnunet_raw / "Dataset006_Tiff"
+    write_tiff(folder / "imagesTr" / "a_0000.tif", {"spacing": [6, 1, 1]}, seed=0)
+    content = {"channel_names": {"0": "EM"}, "labels": {"background": 0, "x": 1}, "file_ending": ".tif"}
+    (folder / "dataset.json").write_text(json.dumps({**content, "numTraining": 1}))
+    return folder
+
+
+def write_tiff(path, side, seed, name=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, sitk.GetImageFromArray(np.random.default_rng(seed).integers(0, 200, (4, 5, 6)).astype(np.uint8)))
+    if side is not None:
+        (path.parent / (name or f"{path.stem.removesuffix('_0000')}.json")).write_text(json.dumps(side))
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("name", ["new0_0000.tif", "new0.tif", "deep/er/new0_0000.tif"])
+def test_3d_tiff_with_side_file_keeps_its_voxel_size(tiff_dataset, tmp_path, name):
+    """Input: a 3D TIFF with its voxel size in CASE.json beside it. Answer: it is taken along and nnU-Net reads it."""
+    write_tiff(tmp_path / "new" / name, {"spacing": [6, 1, 1]}, seed=1)
+    report = add_unlabeled("6", tmp_path / "new")
+    assert added(tiff_dataset) == ["new0.json", "new0_0000.tif"] and "other kinds" not in report
+    _, facts = Tiff3DIO().read_images([str(tiff_dataset / "imagesUn" / "new0_0000.tif")])
+    assert list(facts["spacing"]) == [6, 1, 1]
+    assert "1 cases" in report and "WARNING" not in report and not list(tiff_dataset.glob(".tmp*"))
+
+
+@pytest.mark.robustness
+def test_3d_tiff_without_side_file_is_refused_where_labelled_ones_have_it(tiff_dataset, tmp_path):
+    """Input: a 3D TIFF without CASE.json, which the labelled cases have. Answer: an error, nothing brought in."""
+    write_tiff(tmp_path / "new" / "new0_0000.tif", None, seed=1)
+    with pytest.raises(InputError, match="new0_0000.tif: no file CASE.json with the voxel size"):
+        add_unlabeled("6", tmp_path / "new")
+    assert added(tiff_dataset) == []
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("side", [{"spacing": [6, 1]}, {"spacing": [0, 1, 1]}, {"spacing": "6"}, [6, 1, 1], {}])
+def test_3d_tiff_with_a_wrong_side_file_is_refused(tiff_dataset, tmp_path, side):
+    """Input: a 3D TIFF whose CASE.json has no three numbers above 0. Answer: an error that names the file."""
+    write_tiff(tmp_path / "new" / "new0_0000.tif", side, seed=1)
+    with pytest.raises(InputError, match=r"new0.json: expected .* correct it"):
+        add_unlabeled("6", tmp_path / "new")
+
+
+@pytest.mark.robustness
+def test_3d_tiff_with_far_voxel_size_in_side_file_is_told(tiff_dataset, tmp_path):
+    """Input: a 3D TIFF whose CASE.json has five times the labelled voxel size. Answer: a warning that names it."""
+    write_tiff(tmp_path / "new" / "new0_0000.tif", {"spacing": [30, 1, 1]}, seed=1)
+    assert "above twice that of the labelled images: new0" in add_unlabeled("6", tmp_path / "new")

@@ -406,3 +406,33 @@ def test_dataset_json_may_name_the_files(source):
     assert cases_in(target / "imagesTr") | cases_in(target / "imagesUn") == {"case0", "case1", "case2"}
     assert "dataset" not in json.loads((target / "dataset.json").read_text())
     assert set(module.labelled_cases(target, {"file_ending": ".nrrd"})) == cases_in(target / "imagesTr")
+
+
+def turn(source, case, axes):
+    for file in (
+        *(source / "imagesTr" / f"{case}_{channel:04d}.nrrd" for channel in (0, 1)),
+        source / "labelsTr" / f"{case}.nrrd",
+    ):
+        sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(file)), axes), str(file))
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(("case", "axes"), [("p0_a", "RAS"), ("p5_b", "ASL"), ("p3_a", "LAS")])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_case_with_other_axes_is_named_by_hide_labels(source, case, axes, dry_run):
+    """Input: a labelled case with other axes than the rest. Answer: the report names it."""
+    turn(source, case, axes)
+    report = hide_labels("4", 504, "5", dry_run=dry_run)
+    assert f"usual here (LPS): {case} ({axes})" in report
+
+
+def test_cases_with_the_same_axes_are_not_named(source):
+    assert "WARNING" not in hide_labels("4", 504, "5", dry_run=True)
+
+
+def test_readers_that_turn_images_need_no_warning(source):
+    turn(source, "p0_a", "RAS")
+    content = json.loads((source / "dataset.json").read_text())
+    content["overwrite_image_reader_writer"] = "SimpleITKIOWithReorient"
+    (source / "dataset.json").write_text(json.dumps(content))
+    assert "WARNING" not in hide_labels("4", 504, "5", dry_run=True)
