@@ -91,18 +91,18 @@ def compile_taps(network: nn.Module) -> None:
 
 
 def use_channels_last(network: nn.Module, *others: nn.Module) -> None:
-    """Lay the weights out channels last, in place: the same function up to rounding, faster convolutions on CPUs.
+    """Store weights with channels last, in place: on a CPU, 3D convolutions of small networks are faster by far.
 
     Args:
-        network: decides on 2D or 3D.
+        network: decides on 2D or 3D; in 2D nothing is changed.
         others: modules of the same dimensions.
 
-    Measured with the CPU preset on 2 cores: 0.20 s instead of 0.36 s for forward and backward of two patches. Keys,
-    shapes and checkpoints do not change.
+    Measured on 2 cores: with the CPU preset in 3D forward and backward of two patches take 0.20 s instead of 0.36 s; in
+    2D with the small preset a step takes 4 % longer. Keys, shapes and checkpoints do not change.
     """
-    is_3d = any(parameter.dim() == 5 for parameter in network.parameters())
-    for module in (network, *others):
-        module.to(memory_format=torch.channels_last_3d if is_3d else torch.channels_last)
+    if any(parameter.dim() == 5 for parameter in network.parameters()):
+        for module in (network, *others):
+            module.to(memory_format=torch.channels_last_3d)
 
 
 def check_supported(network: nn.Module) -> None:

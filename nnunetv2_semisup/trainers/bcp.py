@@ -101,9 +101,10 @@ class BCP(SemiSupMethod[BCPSettings]):
     def _labelled_with_unlabelled(
         self, network: nn.Module, labelled: dict, unlabelled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The losses of the regions with true labels and of those with pseudo-labels.
+        """nnU-Net's loss on the regions with true labels and on those with pseudo-labels, each averaged over its voxels.
 
-        Even patches are labelled outside the box, odd ones inside it. Of two batches the smaller one is repeated.
+        Even patches are labelled outside the box, odd ones inside it; a loss is the mean of theirs. Of two batches the
+        smaller one is repeated.
         """
         every = torch.arange(max(len(labelled["data"]), len(unlabelled)), device=unlabelled.device)
         true = [part[every % len(part)] for part in (labelled["data"], *self._true_labels(labelled))]
@@ -113,24 +114,14 @@ class BCP(SemiSupMethod[BCPSettings]):
         images, label, _ = (torch.where(is_true, a, b) for a, b in zip(true, pseudo, strict=True))
         output, _ = taps.decode(network, taps.encode(network, images))
         known = is_true & (true[2][:, :1] > 0)
+        regions = torch.stack([known & ~odd, known & odd, ~is_true & ~odd, ~is_true & odd]).float()
+        shares = regions.flatten(1).mean(1).clamp(min=1e-6)  # an empty region has no weight either
+        weights = torch.stack([true[2].expand_as(pseudo[2])] * 2 + [pseudo[2]] * 2)
+        weights = weights * regions / shares.reshape(-1, *[1] * images.ndim)
         ones = torch.ones_like(self.head_weights)
-        return (
-            self._region_loss(output, label, true[2], known, ones),
-            self._region_loss(output, label, pseudo[2], ~is_true, self.head_weights),
-        )
-
-    def _region_loss(
-        self, output: Tensor | list[Tensor], label: Tensor, weight: Tensor, region: Tensor, factors: Tensor
-    ) -> Tensor:
-        """Mean over even and odd patches of nnU-Net's loss, averaged over the voxels of ``region`` (B, 1, X, Y, Z)."""
-        levels = output if isinstance(output, list) else [output]
-        losses = []
-        for half in (slice(0, None, 2), slice(1, None, 2)):
-            share = region[half].float().mean().clamp(min=1e-6)  # an empty region has no weight either
-            of_region = weight[half] * region[half] / share
-            half_output = [level[half] for level in levels]
-            losses.append(self.task.supervised_loss.weighted(half_output, label[half], of_region, factors))
-        return sum(losses, torch.zeros_like(losses[0])) / 2
+        factors = torch.stack([ones, ones, self.head_weights, self.head_weights])
+        losses = self.task.supervised_loss.weighted(output, label, weights, factors)
+        return losses[:2].mean(), losses[2:].mean()
 
     def _true_labels(self, labelled: dict) -> tuple[Tensor, Tensor]:
         return labels_and_weights(labelled["target"], self.task.has_regions, self.task.ignore_label)

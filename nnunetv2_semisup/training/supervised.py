@@ -53,12 +53,15 @@ class SupervisedLoss:
         Args:
             output: as above.
             label, weight: at the highest resolution, as :func:`partial_dice_cross_entropy` takes them.
-            factors: (heads,) of the classes in the Dice.
+            factors: of the classes in the Dice, likewise.
+
+        Returns:
+            A scalar; for several weightings one value each.
         """
         outputs = output if isinstance(output, list) else [output]
         levels = getattr(self.loss, "weight_factors", (1.0,))
         dice = _without_deep_supervision(self.loss).dc
-        total = output[0].new_zeros((), dtype=torch.float32)
+        total = 0.0
         for level, logits in zip(levels, outputs, strict=True):
             if level == 0:
                 continue
@@ -85,10 +88,12 @@ class SupervisedLoss:
 
 
 def _resized(values: Tensor, size: torch.Size) -> Tensor:
-    """(B, K, X, Y, Z) with the nearest voxel's value on a grid of another size; the type stays."""
-    if values.shape[2:] == size:
+    """(..., B, K, X, Y, Z) with the nearest voxel's value on a grid of another size; the type stays."""
+    before = values.shape[: -len(size)]
+    if values.shape[len(before) :] == size:
         return values
-    return F.interpolate(values.float(), size, mode="nearest-exact").to(values.dtype)
+    flat = values.reshape(-1, *values.shape[len(before) - 1 :])
+    return F.interpolate(flat.float(), size, mode="nearest-exact").to(values.dtype).reshape(*before, *size)
 
 
 def _without_deep_supervision(loss: nn.Module) -> Any:

@@ -57,8 +57,10 @@ def test_channels_last_changes_the_layout_only(network):
     after = network.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     weight = network.encoder.stages[-1].state_dict()[next(iter(network.encoder.stages[-1].state_dict()))]
-    layout = torch.channels_last_3d if images.ndim == 5 else torch.channels_last
-    assert weight.is_contiguous(memory_format=layout) and not weight.is_contiguous()
+    if images.ndim == 4:
+        assert weight.is_contiguous(), "in 2D it is slower"
+    else:
+        assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
     output, _ = taps.decode(network, taps.encode(network, images))
     for a, b in zip(as_list(output), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
