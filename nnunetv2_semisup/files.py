@@ -60,6 +60,15 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
         writer.writerows(rows)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is text: one that is not can be neither printed nor written into a record."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """``A, B, C and 7 more``: the first ``most`` of ``names`` and how many are left."""
     rest = len(names) - most

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
+import itertools
+import math
 import os
-from collections.abc import Sequence
+import re
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
-from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti1 import Nifti1Header, data_type_codes
 from nibabel.nifti2 import Nifti2Header
 
-from nnunetv2_semisup.data.orientation import differing_axes
+from nnunetv2_semisup.data.headers import differing_axes
 from nnunetv2_semisup.errors import InputError
 
 LABELLED, UNLABELLED, VALIDATION, TEST = "labelled", "unlabelled", "validation", "test"
+MAX_INTENSITY = 1e15  # squares of more than 1e19 are infinite in float32
 IMAGES_OF = {LABELLED: "imagesTr", UNLABELLED: "imagesUn", VALIDATION: "imagesVal", TEST: "imagesTs"}
 LABELS_OF = {LABELLED: "labelsTr", VALIDATION: "labelsVal", TEST: "labelsTs"}
 
@@ -23,7 +28,7 @@ LABELS_OF = {LABELLED: "labelsTr", VALIDATION: "labelsVal", TEST: "labelsTs"}
 
 
 def require_whole_nifti(file: str, finite: bool = False) -> None:
-    """ITK reads a NIfTI file that was cut off without complaint and fills the rest with zeros, so count its bytes.
+    """Refuse what ITK reads of a NIfTI file without complaint: cut off, no voxels, no voxel size, complex numbers.
 
     Args:
         file: of any kind; what is not named as NIfTI passes.
@@ -31,43 +36,128 @@ def require_whole_nifti(file: str, finite: bool = False) -> None:
     """
     if not file.lower().endswith((".nii", ".nii.gz")):
         return
+    name = os.path.basename(file)
     with open(file, "rb") as stream:
         is_compressed = stream.read(2) == b"\x1f\x8b"
-    name = os.path.basename(file)
-    with gzip.open(file) if is_compressed else open(file, "rb") as stream:
-        start = stream.read(4)
-        header_class = Nifti2Header if start in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else Nifti1Header
+        stream.seek(0)
+        blocks = _decompressed(stream) if is_compressed else _blocks(stream)
+        start = b""
+        while len(start) < Nifti2Header.template_dtype.itemsize and (block := next(blocks, b"")):
+            start += block
+        is_second = start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+        header_class = Nifti2Header if is_second else Nifti1Header
         header_size = header_class.template_dtype.itemsize
-        start += stream.read(header_size - len(start))
         if len(start) < header_size:
             raise ValueError(f"{name} is no NIfTI image")
-        header = header_class(start, check=False)
-        shape = header["dim"][1 : 1 + header["dim"][0]].astype(np.int64)
+        header = header_class(start[:header_size], check=False)
+        kind = _require_sound_header(header, name)
         offset = int(header["vox_offset"])
-        expected = offset + int(shape.prod()) * int(header["bitpix"]) // 8
-        kind = {16: "f4", 64: "f8"}.get(int(header["datatype"])) if finite else None
+        expected = offset + math.prod(_nifti_shape(header)) * kind.itemsize
+        look_at_values = finite and kind.kind == "f"
         found, rest = header_size, b""
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            if kind:
+        for block in itertools.chain([start[header_size:]], blocks):
+            if look_at_values:
                 voxels = block[max(offset - found, 0) : max(expected - found, 0)]
-                rest = _require_finite_values(rest + voxels, kind, header, name)
+                rest = _require_finite_values(rest + voxels, kind, name)
             found += len(block)
     if found < expected:
         raise ValueError(f"{name} is cut off, {found} of {expected} bytes are there")
 
 
-def _require_finite_values(content: bytes, kind: str, header: Nifti1Header, name: str) -> bytes:
+def _blocks(stream: BinaryIO, size: int = 1 << 20) -> Iterator[bytes]:
+    """A file in pieces."""
+    return iter(lambda: stream.read(size), b"")
+
+
+def _decompressed(stream: BinaryIO) -> Iterator[bytes]:
+    """A gzip file in pieces. What follows its last member is left alone, as readers of NIfTI do."""
+    member = zlib.decompressobj(wbits=31)
+    for piece in _blocks(stream, 1 << 16):
+        while piece:
+            if member.eof:
+                if not piece.startswith(b"\x1f\x8b"):
+                    return
+                member = zlib.decompressobj(wbits=31)
+            yield from filter(None, [member.decompress(piece)])
+            piece = member.unused_data
+
+
+def _nifti_shape(header: Nifti1Header) -> list[int]:
+    return [int(n) for n in header["dim"][1 : 1 + max(0, int(header["dim"][0]))]]
+
+
+def _require_sound_header(header: Nifti1Header, name: str) -> np.dtype:
+    """Check number of axes, lengths, voxel size and type; returns the type of a voxel."""
+    shape = _nifti_shape(header)
+    if not 1 <= int(header["dim"][0]) <= 7 or any(n < 0 for n in shape):
+        raise ValueError(f"{name} is no NIfTI image")
+    if 0 in shape:
+        raise ValueError(f"{name} has no voxels, its size is {' x '.join(map(str, shape))}")
+    sizes = header["pixdim"][1 : 1 + min(3, len(shape))]
+    if any(length > 1 and not (np.isfinite(size) and size) for length, size in zip(shape, sizes, strict=False)):
+        told = " x ".join(f"{float(size):g}" for size in sizes)
+        raise ValueError(f"{name} has no voxel size, its header says {told} mm: correct pixdim")
+    code = int(header["datatype"])
+    if code not in data_type_codes.dtype or data_type_codes.dtype[code].itemsize == 0:
+        raise ValueError(f"{name} has the data type {code}, which NIfTI does not know or readers do not read")
+    kind = data_type_codes.dtype[code].newbyteorder(header.endianness)
+    if kind.kind == "c":
+        raise ValueError(f"{name} has complex numbers, of which the imaginary part would be lost: save the magnitude")
+    return kind
+
+
+def _require_finite_values(content: bytes, kind: np.dtype, name: str) -> bytes:
     """Check the whole numbers in ``content``; returns the bytes of the last one, if it is not whole."""
-    whole = len(content) // int(kind[1]) * int(kind[1])
-    if not np.isfinite(np.frombuffer(content[:whole], header.endianness + kind)).all():
+    whole = len(content) // kind.itemsize * kind.itemsize
+    if not np.isfinite(np.frombuffer(content[:whole], kind)).all():
         raise ValueError(f"{name} has NaN or infinite values")
     return content[whole:]
 
 
+def require_own_data(file: str) -> None:
+    """Refuse an NRRD or MetaImage header whose voxels lie in a file outside its folder.
+
+    Args:
+        file: of any kind; what is not named as NRRD or MetaImage passes.
+    """
+    if not file.lower().endswith((".nhdr", ".nrrd", ".mhd", ".mha")):
+        return
+    named = _named_data_files(file)
+    folder = os.path.realpath(os.path.dirname(file))
+    for name in named:
+        place = os.path.realpath(os.path.join(folder, name))
+        if os.path.isabs(name) or os.path.commonpath([folder, place]) != folder:
+            raise ValueError(
+                f"{os.path.basename(file)} takes its voxels from {name}, outside its folder: put that file beside it, "
+                f"or save the image as one file"
+            )
+
+
+def _named_data_files(file: str) -> list[str]:
+    """The files that a header names, patterns included; nothing where the voxels are in the file itself."""
+    with open(file, "rb") as stream:
+        text = stream.read(1 << 20).split(b"\n\n", 1)[0] if file.lower().endswith("rrd") else stream.read(1 << 20)
+    names: list[str] = []
+    lines = iter(text.decode("latin-1").splitlines())
+    for line in lines:
+        match = re.match(r"\s*(?:elementdatafile\s*=|data ?file:)\s*(.*?)\s*$", line, re.IGNORECASE)
+        if match is None:
+            continue
+        value = match[1]
+        if value.upper().startswith("LIST"):
+            return [name.strip() for name in lines if name.strip()]
+        if value.upper() == "LOCAL":
+            return []
+        return [value.split()[0] if "%" in value else value]
+    return names
+
+
 def require_channels(data: np.ndarray, expected: int) -> None:
     """Args: data: (C, X, Y, Z)."""
-    if data.shape[0] != expected:
-        raise ValueError(f"it has {data.shape[0]} channels, the plans expect {expected}")
+    found = data.shape[0]
+    if found != expected:
+        photograph = {(4, 3): ": the fourth is transparency, save it without", (1, 3): ": it is grey, save it as RGB"}
+        raise ValueError(f"it has {found} channels, the plans expect {expected}{photograph.get((found, expected), '')}")
 
 
 def require_finite(data: np.ndarray) -> None:
@@ -77,26 +167,52 @@ def require_finite(data: np.ndarray) -> None:
         raise ValueError(f"NaN or infinite values in channel {', '.join(map(str, bad))}")
 
 
+def require_intensities(data: np.ndarray) -> list[int]:
+    """Refuse an image of one value, and values that cannot be squared in float32.
+
+    Args:
+        data: (C, X, Y, Z), finite.
+
+    Returns:
+        the channels that have one value alone, where others have more.
+    """
+    if data.size == 0:
+        raise ValueError(f"it has no voxels, its size is {' x '.join(map(str, data.shape[1:]))}")
+    lowest, highest = (reduce(data.reshape(len(data), -1), axis=1) for reduce in (np.min, np.max))
+    largest = float(np.abs(np.array([lowest, highest], float)).max())
+    if largest > MAX_INTENSITY:
+        raise ValueError(f"it has values up to {largest:.3g}, which are no intensities: replace them")
+    empty = [channel for channel in range(len(data)) if lowest[channel] == highest[channel]]
+    if len(empty) == len(data) and data[0].size > 1:
+        raise ValueError(f"every voxel is {float(lowest[0]):g}: it shows nothing")
+    return empty if data[0].size > 1 else []
+
+
 # --- of one case, raising InputError ---------------------------------------------------------------------------------
 
 
-def check_image(array: np.ndarray, path: os.PathLike, grey_2d: bool = False) -> None:
-    """Raise an InputError unless ``array`` is real-valued, finite, not empty, and has three axes.
+def check_image(array: np.ndarray, path: os.PathLike, axes: Sequence[int] = (3,)) -> None:
+    """Raise an InputError unless ``array`` is a real-valued, finite image that shows something.
 
     Args:
         array: a volume, or a colour photograph with its channels last.
         path: of the image.
-        grey_2d: allow two axes as well.
+        axes: numbers of axes that are allowed.
     """
-    if array.ndim not in ((2, 3) if grey_2d else (3,)) or array.size == 0:
-        raise InputError(f"{path}: the image has shape {array.shape}, expected a volume of three axes")
+    if array.ndim not in axes or array.size == 0:
+        many = " or ".join(map(str, axes))
+        raise InputError(f"{path}: the image has shape {array.shape}, expected {many} axes with voxels")
     if array.dtype.kind not in "uif":
-        raise InputError(f"{path}: the image has type {array.dtype}, expected numbers")
+        raise InputError(f"{path}: the image has type {array.dtype}, expected real numbers")
     if not np.isfinite(array).all():
         raise InputError(
             f"{path}: the image has values that are not finite (NaN or infinity); replace them, e.g. by the value of "
             f"the background"
         )
+    try:
+        require_intensities(array[None])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; leave the image out, or copy or download it again") from error
 
 
 def check_label(array: np.ndarray, shape: tuple[int, ...], allowed: Sequence[int], path: os.PathLike) -> None:

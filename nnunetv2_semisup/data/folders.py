@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import io
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.utils import (
     get_filenames_of_train_images_and_targets,
     get_identifiers_from_splitted_dataset_folder,
 )
 
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import listed, read_json
+from nnunetv2_semisup.files import is_utf8, listed, read_json
 
 RAW_FOLDER = "imagesUn"
 
@@ -84,11 +87,7 @@ def check_dataset_json(content: Any, file: Path) -> None:
 
 def is_plain_name(name: str) -> bool:
     """Whether ``name`` can be a file's name on every system: one part of a path, printable, and UTF-8."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return bool(name.strip(". ")) and name.isprintable() and not set(name) & set('/\\:*?"<>|')
+    return is_utf8(name) and bool(name.strip(". ")) and name.isprintable() and not set(name) & set('/\\:*?"<>|')
 
 
 def _resolved(dataset_json: Path, file: str) -> Path:
@@ -157,8 +156,12 @@ def find_unlabeled_cases(raw_dataset_folder: Path, dataset_json: dict) -> dict[s
     for file in sorted(folder.iterdir()):
         if file.name.startswith("."):
             continue
+        if not is_utf8(file.name):
+            raise InputError(f"{folder}: the file name {file.name!a} is no UTF-8: rename it")
         if not file.is_file():
-            raise InputError(f"{file} is a folder or a broken link: {RAW_FOLDER} holds image files only, move it away")
+            raise InputError(
+                f"{file} is a folder, a broken link or a device: {RAW_FOLDER} holds image files only, move it away"
+            )
         if ending in (".tif", ".tiff") and file.suffix == ".json":
             spacing_files.append(file)  # nnU-Net reads a TIFF's voxel size from CASE.json
             continue
@@ -213,6 +216,22 @@ def files_per_case(raw_dataset_folder: Path, dataset_json: dict) -> int:
         images.glob(f"*_0001{dataset_json['file_ending']}")
     )
     return 1 if all_in_one else count
+
+
+def reader_class(dataset_json: dict, cases: dict[str, dict]) -> type:
+    """The class by which nnU-Net reads the images of a data set.
+
+    Args:
+        dataset_json: content of ``dataset.json``.
+        cases: as :func:`labelled_cases` gives them; one is read to see which reader can.
+    """
+    example = next((files["images"][0] for files in cases.values() if files["images"]), None)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # tracebacks of the readers that cannot
+            return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+    except RuntimeError as error:
+        file = example or f"file_ending {dataset_json['file_ending']}"
+        raise InputError(f"{file}: no reader of nnU-Net can read it; repair or convert it") from error
 
 
 def _identifiers(folder: Path, file_ending: str) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -19,12 +20,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
+import numpy as np
 from filelock import FileLock, Timeout
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
 from nnunetv2_semisup.data import checks
@@ -37,11 +40,13 @@ from nnunetv2_semisup.data.folders import (
     unlabeled_folder,
 )
 from nnunetv2_semisup.data.jobs import submit, worker_pool
-from nnunetv2_semisup.data.orientation import differing_axes, stored_axes, turns_images
+from nnunetv2_semisup.data.headers import Header, differing_axes, read_header, stored_axes, turns_images
 from nnunetv2_semisup.data.reading import read_errors
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json, write_json
 
+MANIFEST_PAUSE = 20  # between two writings of the manifest, as many times as long as the last one took
+MAX_GROWTH = 100  # times as many voxels after resampling; slices of 10 mm to 1 mm are 10
 SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")  # the files of a case: image, nonzero mask, properties
 
 # What in a configuration changes the result; patch size and batch size do not.
@@ -110,7 +115,7 @@ def preprocess_unlabeled(
         pending = survey.pending_of(wanted)
         if pending:
             log(f"Preprocessing {len(pending)} of {len(survey.files)} unlabelled cases into {task.folder}")
-            _process(task, survey, pending, num_processes)
+            _process(task, survey, pending, num_processes, log)
         log(f"{len(wanted)} unlabelled cases are preprocessed in {task.folder}")
     return wanted
 
@@ -207,14 +212,41 @@ def _read_task(dataset_name: str, plans_name: str, configuration: str) -> _Task:
     others = sorted(f.stem for f in folder.glob("*Plans*.json") if not f.stem.endswith("_unlabeled"))
     hint = f", or choose one of the plans there with -p: {', '.join(others)}" if others else ""
     plans = read_json(plans_file, command + hint)
-    if not isinstance(plans, dict) or "configurations" not in plans:
-        raise InputError(f"{plans_file} is no plans file: {command}")
-    if configuration not in plans["configurations"]:
-        existing = ", ".join(plans["configurations"])
-        raise InputError(f"{plans_file} has no configuration {configuration!r}: choose one of {existing}, or {command}")
+    check_plans(plans, configuration, str(plans_file), command)
     dataset_json = read_json(folder / "dataset.json", command)
     check_dataset_json(dataset_json, folder / "dataset.json")
     return _Task(dataset_name, plans_name, configuration, folder, dataset_json, plans)
+
+
+def check_plans(plans: object, configuration: str, where: str, remedy: str) -> None:
+    """Raise an InputError unless ``plans`` tell how to preprocess in ``configuration``.
+
+    Args:
+        plans: content of a plans file.
+        configuration: e.g. ``2d``.
+        where: the file, for the error.
+        remedy: against it.
+    """
+    if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
+        raise InputError(f"{where} is no plans file: {remedy}")
+    if configuration not in plans["configurations"]:
+        existing = ", ".join(plans["configurations"])
+        raise InputError(f"{where} has no configuration {configuration!r}: choose one of {existing}, or {remedy}")
+    try:
+        manager = PlansManager(plans)
+        found = manager.get_configuration(configuration)
+        needed = (found.data_identifier, found.preprocessor_class, found.resampling_fn_data, found.resampling_fn_seg)
+        needed += (found.normalization_schemes, found.use_mask_for_norm, plans["image_reader_writer"])
+        spacing = np.array(found.spacing, float)
+        axes = sorted(manager.transpose_forward)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, LookupError, ImportError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise InputError(f"{where}: configuration {configuration} cannot be used ({what}): {remedy}") from error
+    if None in needed or axes != [0, 1, 2] or spacing.shape not in ((2,), (3,)) or not (spacing > 0).all():
+        raise InputError(
+            f"{where}: configuration {configuration} needs a spacing above 0 mm, a preprocessor, resampling and "
+            f"normalisation: {remedy}"
+        )
 
 
 def _tell_turned(task: _Task, survey: _Survey, wanted: list[str], log: Callable[[str], None]) -> None:
@@ -224,10 +256,18 @@ def _tell_turned(task: _Task, survey: _Survey, wanted: list[str], log: Callable[
     labelled = labelled_cases(Path(nnUNet_raw) / task.dataset_name, task.dataset_json)
     axes = {case: stored_axes(str(files["images"][0])) for case, files in labelled.items() if files["images"]}
     for case in wanted:  # the manifest has those of finished cases: thousands of headers take long to read
-        entry = survey.recorded.get(case, {})
-        axes[case] = entry["axes"] if "axes" in entry else stored_axes(survey.files[case][0])
+        known = survey.recorded.get(case, {}).get("axes")
+        axes[case] = known if isinstance(known, str) else stored_axes(survey.files[case][0])
     if turned := differing_axes(axes, labelled):
         log(f"WARNING: {turned}")
+
+
+def _labelled_axes(task: _Task) -> int | None:
+    """Number of axes of a labelled image; None where they are not at hand."""
+    labelled = labelled_cases(Path(nnUNet_raw) / task.dataset_name, task.dataset_json)
+    files = (str(entry["images"][0]) for entry in labelled.values() if entry["images"])
+    header = next((found for file in files if (found := read_header(file))), None)
+    return header.number if header else None
 
 
 def _dataset_id(dataset_name: str) -> str:
@@ -266,8 +306,10 @@ def _read_manifest(task: _Task) -> dict[str, dict]:
         content = json.loads(task.manifest.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    same_plans = isinstance(content, dict) and content.get("plans") == task.fingerprint
-    return content.get("cases", {}) if same_plans else {}
+    if not isinstance(content, dict) or content.get("plans") != task.fingerprint:
+        return {}
+    cases = content.get("cases")
+    return {case: entry for case, entry in cases.items() if isinstance(entry, dict)} if isinstance(cases, dict) else {}
 
 
 def _file_facts(files: list[str]) -> list[list]:
@@ -313,6 +355,7 @@ class _Job(NamedTuple):
     plans: dict
     configuration: str
     dataset_json: dict
+    axes: int | None  # of the labelled images
 
 
 @contextlib.contextmanager
@@ -336,8 +379,9 @@ def _tidy(task: _Task, survey: _Survey) -> None:
     """
     task.folder.mkdir(exist_ok=True)
     _write_manifest(task, survey.recorded)
+    expected = {f"{case}{suffix}" for case in survey.files for suffix in SUFFIXES}
     for file in survey.strays:
-        if not any(file.name == f"{case}{suffix}" for case in survey.files for suffix in SUFFIXES):
+        if file.name not in expected:
             file.unlink()
     for file in task.dataset_folder.glob(f".{task.manifest.name}.*.tmp"):
         file.unlink()
@@ -348,23 +392,34 @@ def _write_manifest(task: _Task, recorded: dict[str, dict]) -> None:
     write_json(task.manifest, {"plans": task.fingerprint, "cases": recorded})
 
 
-def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: int) -> None:
+def _process(
+    task: _Task, survey: _Survey, pending: list[str], num_processes: int, log: Callable[[str], None]
+) -> None:
     """Preprocess ``pending`` in a temporary folder and move each case into place once it is whole."""
     recorded = dict(survey.recorded)
     task.temporary.mkdir(exist_ok=True)
     # A folder of this run's own: a worker that outlived an earlier run cannot write into it.
     work = Path(tempfile.mkdtemp(dir=task.temporary))
+    axes = _labelled_axes(task)
     jobs = [
-        _Job(case, survey.files[case], str(work / case), task.plans, task.configuration, task.dataset_json)
+        _Job(case, survey.files[case], str(work / case), task.plans, task.configuration, task.dataset_json, axes)
         for case in pending
     ]
+    paused_until, in_manifest = 0.0, len(recorded)
 
-    def publish(case: str) -> None:
+    def publish(case: str, remarks: list[str]) -> None:
+        nonlocal paused_until, in_manifest
+        for remark in remarks:
+            log(f"WARNING: {remark}")
         for suffix in SUFFIXES:
             os.replace(work / f"{case}{suffix}", task.folder / f"{case}{suffix}")
-        axes = stored_axes(survey.files[case][0])
-        recorded[case] = {"images": survey.facts[case], "sizes": _sizes(task.folder, case), "axes": axes}
-        _write_manifest(task, recorded)
+        stored = stored_axes(survey.files[case][0])
+        recorded[case] = {"images": survey.facts[case], "sizes": _sizes(task.folder, case), "axes": stored}
+        start = perf_counter()
+        if start >= paused_until:  # it grows with the cases, so that writing it after each would take quadratic time
+            _write_manifest(task, recorded)
+            in_manifest = len(recorded)
+            paused_until = perf_counter() + MANIFEST_PAUSE * (perf_counter() - start)
         bar.update()
 
     try:
@@ -374,8 +429,7 @@ def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: in
                 _run_in_pool(jobs, workers, publish)
             else:
                 for job in jobs:
-                    _preprocess_case(job)
-                    publish(job.case)
+                    publish(job.case, _preprocess_case(job))
     except BrokenProcessPool as error:
         raise InputError(
             f"A process that preprocessed unlabelled images was killed, most likely for lack of memory: finish with "
@@ -383,10 +437,12 @@ def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: in
             f"-c {task.configuration} -np {workers // 2}"
         ) from error
     finally:
+        if len(recorded) > in_manifest:
+            _write_manifest(task, recorded)
         shutil.rmtree(task.temporary, ignore_errors=True)
 
 
-def _run_in_pool(jobs: list[_Job], workers: int, publish: Callable[[str], None]) -> None:
+def _run_in_pool(jobs: list[_Job], workers: int, publish: Callable[[str, list[str]], None]) -> None:
     """Run the jobs in processes of their own; the first error ends all of them and is raised."""
     with worker_pool(workers) as pool:
         case_of = {submit(pool, _preprocess_case, job): job.case for job in jobs}
@@ -396,43 +452,90 @@ def _run_in_pool(jobs: list[_Job], workers: int, publish: Callable[[str], None])
             done, running = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             failed = [future for future in done if future.exception() is not None]
             for future in done.difference(failed):
-                publish(case_of[future])
+                publish(case_of[future], future.result())
             for future in failed:
                 future.result()  # raises
 
 
-def _preprocess_case(job: _Job) -> None:
+def _preprocess_case(job: _Job) -> list[str]:
+    """Write the files of a case; returns what to tell of it."""
     plans = PlansManager(job.plans)
     configuration = plans.get_configuration(job.configuration)
-    preprocessor = _checked(configuration.preprocessor_class)(verbose=False)
+    preprocessor = _checked(configuration.preprocessor_class, job.axes)(verbose=False)
     preprocessor.run_case_save(job.output, job.files, None, plans, configuration, job.dataset_json)
+    return preprocessor.remarks
 
 
-def _checked(preprocessor_class: type[DefaultPreprocessor]) -> type[DefaultPreprocessor]:
+def _checked(preprocessor_class: type[DefaultPreprocessor], axes: int | None) -> type[DefaultPreprocessor]:
     """The plans' preprocessor, which also checks values and names the files in its errors.
 
     Values are those that nnU-Net's reader delivers: ITK turns NaN and infinity in NIfTI files into 0, for labelled
-    images too, other formats and readers keep them.
+    images too, other formats and readers keep them. ``axes``: of the labelled images, None if not known.
     """
 
     class Checked(preprocessor_class):
         def run_case(self, image_files, *args, **kwargs):
+            self.remarks = []
+            files = ", ".join(image_files)
+
             def tell(error: Exception) -> str:
                 # nnU-Net's readers raise without text in one situation only, and print the rest.
                 what = " ".join(str(error).split()) or "its channels differ in shape or voxel size"
-                files = ", ".join(image_files)
                 return f"{files} cannot be preprocessed: {what}. Repair the image or remove it from {RAW_FOLDER}"
 
             with read_errors(tell):
                 for file in image_files:
                     checks.require_whole_nifti(file)
+                    checks.require_own_data(file)
+                    _require_axes(read_header(file), axes)
                 data, mask, properties = super().run_case(image_files, *args, **kwargs)
                 checks.require_finite(data)
+            self.remarks = [f"{files}: {remark}" for remark in self.remarks]
             return data, mask, properties
 
         def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
             checks.require_channels(data, len(configuration_manager.normalization_schemes))
             checks.require_finite(data)
+            if empty := checks.require_intensities(data):
+                self.remarks.append(f"channel {', '.join(map(str, empty))} has one value alone")
+            _require_sane_size(data.shape, properties["spacing"], plans_manager, configuration_manager)
             return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
 
     return Checked
+
+
+def _require_axes(header: Header | None, axes: int | None) -> None:
+    if header is None:
+        return  # the reader will say what is wrong
+    if header.is_complex:
+        raise ValueError("complex numbers, of which the imaginary part would be lost: save the magnitude")
+    if axes is not None and header.number != axes:
+        raise ValueError(
+            f"it has {header.number} axes, the labelled images have {axes}, so nnU-Net would stretch it into a volume"
+        )
+
+
+def _require_sane_size(
+    shape: tuple[int, ...], spacing: list[float], plans: PlansManager, configuration: ConfigurationManager
+) -> None:
+    """Refuse a voxel size with which resampling would leave nothing, or ask for a huge image.
+
+    Args:
+        shape: (C, Z, Y, X) as stored.
+        spacing: of z, y, x in mm.
+        plans, configuration: nnU-Net's.
+    """
+    sizes = [float(spacing[axis]) for axis in plans.transpose_forward]
+    lengths = [shape[axis + 1] for axis in plans.transpose_forward]
+    target = [*sizes[: 3 - len(configuration.spacing)], *configuration.spacing]  # slices stay as they are in 2d
+    told = f"its voxel size {' x '.join(f'{size:g}' for size in sizes)} mm"
+    if not all(0 < size < math.inf for size in sizes):
+        raise ValueError(f"{told} is none: correct the header")
+    new = [round(length * size / wanted) for length, size, wanted in zip(lengths, sizes, target, strict=True)]
+    if 0 in new:
+        raise ValueError(f"{told} leaves no voxel of {' x '.join(f'{size:g}' for size in target)} mm: correct the header")
+    growth, gigabytes = math.prod(new) / math.prod(lengths), shape[0] * math.prod(new) * 4 / 2**30
+    if growth > MAX_GROWTH and gigabytes > 1:
+        raise ValueError(
+            f"{told} would make {gigabytes:.3g} GiB of it, {' x '.join(map(str, new))} voxels: correct the header"
+        )

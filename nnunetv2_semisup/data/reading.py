@@ -11,11 +11,15 @@ from nibabel.spatialimages import HeaderDataError
 
 from nnunetv2_semisup.errors import InputError
 
-# Of nnU-Net's readers, SimpleITK, h5py, and of what they use; Pillow raises a SyntaxError for a broken PNG.
-_READ_ERRORS = (
+# Of nnU-Net's readers, SimpleITK, h5py, and of what they use; Pillow raises a SyntaxError for a broken PNG, and damaged
+# headers ask for more memory than there is.
+READ_ERRORS = (
     RuntimeError,
     ValueError,
     AssertionError,
+    ArithmeticError,
+    LookupError,
+    MemoryError,
     OSError,
     EOFError,
     SyntaxError,
@@ -32,7 +36,7 @@ def read_errors(tell: Callable[[Exception], str]) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise InputError(tell(error)) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import read_json, write_json
+from nnunetv2_semisup.files import listed, read_json, write_json
 
 MIN_CASES_OF_STOCK = 5  # nnU-Net's 5-fold split dies below
 
@@ -90,18 +90,56 @@ def unlabeled_of_fold(preprocessed_dataset_folder: Path, fold: int | str, availa
     splits = _read_splits(file)
     if int(fold) >= len(splits) or "unlabeled" not in splits[int(fold)]:
         return sorted(available)
-    listed = splits[int(fold)]["unlabeled"]
+    names = splits[int(fold)]["unlabeled"]
     where = f'{file}: "unlabeled" of fold {fold}'
-    if not isinstance(listed, list) or not all(isinstance(case, str) for case in listed):
-        raise InputError(f"{where} must be a list of case names, it is {listed!r:.200}")
-    if not listed:
+    if not isinstance(names, list) or not all(isinstance(case, str) for case in names):
+        raise InputError(f"{where} must be a list of case names, it is {names!r:.200}")
+    if not names:
         raise InputError(f"{where} is empty: name unlabelled cases, or remove the key to use all of imagesUn")
-    unknown = sorted(set(listed) - set(available))
+    unknown = sorted(set(names) - set(available))
     if unknown:
         raise InputError(
-            f"{where} names cases that are not in imagesUn: {', '.join(unknown)}. Add their images or remove the names"
+            f"{where} names cases that are not in imagesUn: {listed(unknown)}. Add their images or remove the names"
         )
-    return sorted(set(listed))
+    return sorted(set(names))
+
+
+def read_folds(file: Path, identifiers: list[str], fold: int | None = None) -> list[dict[str, list[str]]]:
+    """The folds of a ``splits_final.json``, checked: "train" and "val" name labelled cases.
+
+    Args:
+        file: to read.
+        identifiers: the labelled cases.
+        fold: check this one alone; None: all.
+    """
+    folds = _read_splits(file)
+    known = set(identifiers)
+    for number, content in enumerate(folds):
+        if fold not in (None, number):
+            continue
+        for key in ("train", "val"):
+            names = content.get(key)
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise InputError(f'{file}: fold {number} must have "{key}", a list of case names: repair or remove it')
+            if unknown := sorted(set(names) - known):
+                raise InputError(
+                    f'{file}: "{key}" of fold {number} names cases that are not there: {listed(unknown)}. Correct the '
+                    f"names, or preprocess those cases"
+                )
+    return folds
+
+
+def check_fold(preprocessed_dataset_folder: Path, fold: int | str, identifiers: list[str]) -> None:
+    """Raise an InputError if ``splits_final.json`` names cases for ``fold`` that are not preprocessed.
+
+    Args:
+        preprocessed_dataset_folder: ``nnUNet_preprocessed/DatasetXXX_Name``.
+        fold: number of the fold, or "all".
+        identifiers: the labelled cases.
+    """
+    file = _splits_file(preprocessed_dataset_folder)
+    if fold != "all" and file.exists():
+        read_folds(file, identifiers, int(fold))
 
 
 def _splits_file(preprocessed_dataset_folder: Path) -> Path:

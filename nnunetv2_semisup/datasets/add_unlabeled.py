@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ from nnunetv2_semisup.data import checks
 from nnunetv2_semisup.data.folders import (
     RAW_FOLDER,
     channel_count,
+    files_per_case,
     find_unlabeled_cases,
     labelled_cases,
     read_dataset_json,
+    reader_class,
 )
+from nnunetv2_semisup.data.headers import turns_images
 from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.datasets import images
 from nnunetv2_semisup.datasets.incoming import (
@@ -53,6 +57,7 @@ class Seen:
         file: its first one, for errors.
         hash: of its content.
         channels: number of channels.
+        axes: number of axes of a channel, 2 or 3.
         spacing: x, y(, z) in mm.
         has_side: it was read from a file beside the image.
         orientation: e.g. "LPS"; "" for 2D images.
@@ -63,6 +68,7 @@ class Seen:
     file: Path
     hash: str
     channels: int
+    axes: int
     spacing: tuple[float, ...]
     has_side: bool
     orientation: str
@@ -109,21 +115,24 @@ def add_unlabeled(
 def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, previews: int, processes: int) -> str:
     dataset_json = read_dataset_json(raw)
     ending, channels = dataset_json["file_ending"], channel_count(dataset_json)
+    labelled_files = labelled_cases(raw, dataset_json)
+    reader = reader_class(dataset_json, labelled_files).__name__
     if any((raw / RAW_FOLDER).glob("[!.]*")):
         find_unlabeled_cases(raw, dataset_json)  # what is wrong there would be wrong afterwards too
-    incoming, others = find_incoming(source, channels, ending)
+    incoming, others = find_incoming(source, files_per_case(raw, dataset_json), ending)
     images.check_inside([file for item in incoming for files in item.sources for file in files], source)
     images.check_inside([item.side for item in incoming if item.side], source)
 
     known = {
         "imagesTr": [
             Incoming(case, tuple((Path(file),) for file in files["images"]), side_file(Path(files["images"][0])))
-            for case, files in labelled_cases(raw, dataset_json).items()
+            for case, files in labelled_files.items()
         ],
         **{name: present_cases(raw / name, ending) for name in (RAW_FOLDER, *JUDGED)},
     }
     jobs = [item for items in known.values() for item in items]
-    seen = run_jobs(look, [*jobs, *incoming], processes, "Reading images")
+    by_nibabel = reader.startswith("Nibabel")
+    seen = run_jobs(partial(look, by_nibabel=by_nibabel), [*jobs, *incoming], processes, "Reading images")
     facts = dict(zip((id(item) for item in (*jobs, *incoming)), seen, strict=True))
     labelled = [facts[id(item)] for item in known["imagesTr"]]
     hashes = {name: {facts[id(item)].hash: item.case for item in items} for name, items in known.items()}
@@ -139,7 +148,7 @@ def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, previews: int, 
         here[digest] = item.case
         new.append(item)
     _check_names(raw, new, facts, known)
-    warnings = _check_facts([facts[id(item)] for item in new], labelled, channels, reorient)
+    warnings = _check_facts([facts[id(item)] for item in new], labelled, channels, reorient, turns_images(reader))
     for name, kind in JUDGED.items():
         both = [f"{case} = {hashes[name][digest]}" for digest, case in here.items() if digest in hashes[name]]
         if both:
@@ -150,7 +159,8 @@ def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, previews: int, 
 
     if not dry_run and new:
         turn = labelled[0].orientation if reorient and labelled else ""
-        _bring(raw, new, [facts[id(item)].hash for item in new], ending, turn, processes)
+        moves = [_Move(item, facts[id(item)].hash, raw / WORK, ending, turn, by_nibabel) for item in new]
+        _bring(raw, moves, processes)
         _save_previews(raw, new, ending, previews)
     done = "would be brought in (dry run)" if dry_run else "brought in"
     lines = [f"{raw / RAW_FOLDER}: {len(new)} cases {done}"]
@@ -172,22 +182,31 @@ def _checked_folder(folder: Path) -> Path:
 # --------------------------------------------------------------------------------------------------------- checking
 
 
-def look(item: Incoming) -> Seen:
-    """Read and check all channels of a case."""
-    channels = _read(item)
+def look(item: Incoming, by_nibabel: bool = False) -> Seen:
+    """Read and check all channels of a case.
+
+    Args:
+        item: the case.
+        by_nibabel: read NIfTI as the data set's own reader does, which is one of nnU-Net's two that use nibabel.
+    """
+    channels = _read(item, by_nibabel)
     first = channels[0]
+    axes = min(first.GetDimension(), 3)
     for channel, files in zip(channels, item.sources, strict=True):
-        checks.check_image(
-            sitk.GetArrayViewFromImage(channel), files[0], grey_2d=files[0].suffix.lower() in PHOTOGRAPHS
-        )
+        checks.check_image(sitk.GetArrayViewFromImage(channel), files[0], axes=(2, 3, 4))
         if channel.GetSize() != first.GetSize() or not images.same_geometry(channel, first):
             raise InputError(f"{files[0]}: shape or geometry differ from {item.sources[0][0]}; resample it first")
-    number = sum(channel.GetNumberOfComponentsPerPixel() for channel in channels)
-    turned = images.orientation(first) if first.GetDimension() == 3 else ""
+    if first.GetDimension() == 4:  # the channels are the fourth axis
+        if len(channels) > 1:
+            raise InputError(f"{item.sources[0][0]}: a fourth axis beside other channels; give one file per channel")
+        number = first.GetSize()[3]
+    else:
+        number = sum(channel.GetNumberOfComponentsPerPixel() for channel in channels)
+    turned = images.orientation(first) if axes == 3 else ""
     few = _has_few_values(sitk.GetArrayViewFromImage(first))
-    spacing = _side_spacing(item.side) if item.side else first.GetSpacing()
+    spacing = _side_spacing(item.side) if item.side else first.GetSpacing()[:axes]
     file, digest = item.sources[0][0], images.content_hash(channels)
-    return Seen(item.case, file, digest, number, spacing, item.side is not None, turned, few)
+    return Seen(item.case, file, digest, number, axes, spacing, item.side is not None, turned, few)
 
 
 def _side_spacing(file: Path) -> tuple[float, ...]:
@@ -210,12 +229,12 @@ def _has_few_values(array: np.ndarray) -> bool:
     return len(values) < 10 and bool((values == np.round(values)).all())
 
 
-def _read(item: Incoming) -> list[sitk.Image]:
+def _read(item: Incoming, by_nibabel: bool) -> list[sitk.Image]:
     channels = []
     for files in item.sources:
-        image = images.read_series(files) if len(files) > 1 else images.read_image(files[0])
-        wrong = image.GetDimension() == 3 and image.GetNumberOfComponentsPerPixel() > 1
-        if wrong or image.GetDimension() not in (2, 3):
+        image = images.read_series(files) if len(files) > 1 else images.read_image(files[0], by_nibabel=by_nibabel)
+        wrong = image.GetDimension() > 2 and image.GetNumberOfComponentsPerPixel() > 1
+        if wrong or image.GetDimension() not in (2, 3, 4):
             raise InputError(f"{files[0]}: several values per voxel or a time axis; split it into one file per channel")
         channels.append(image)
     return channels
@@ -232,13 +251,23 @@ def _check_names(raw: Path, new: list[Incoming], facts: dict[int, Seen], known: 
                 )
 
 
-def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reorient: bool) -> list[str]:
-    """Errors for channels and orientation, and for images like labels; warnings for spacing."""
-    wrong = [fact.case for fact in new if fact.channels != channels]
-    if wrong:
-        raise InputError(
-            f"{listed(wrong)}: not {channels} channels, which dataset.json declares; remove or complete them"
-        )
+def _check_facts(
+    new: list[Seen], labelled: Sequence[Seen], channels: int, reorient: bool, reader_turns: bool
+) -> list[str]:
+    """Errors for channels, axes and orientation, and for images like labels; warnings for spacing."""
+    for fact in new:
+        if fact.channels != channels:
+            four = " (the fourth is transparency, save it without)" if (fact.channels, channels) == (4, 3) else ""
+            raise InputError(
+                f"{fact.file}: it has {fact.channels} channels{four}, dataset.json declares {channels}; remove or "
+                f"complete it"
+            )
+        allowed = {other.axes for other in labelled} or ({2, 3} if fact.file.suffix.lower() in PHOTOGRAPHS else {3})
+        if fact.axes not in allowed:
+            raise InputError(
+                f"{fact.file}: an image of {fact.axes} axes, the labelled ones have {min(allowed)}; nnU-Net would "
+                f"stretch it into a volume: leave it out"
+            )
     bare = [str(fact.file) for fact in new if not fact.has_side]
     if bare and any(fact.has_side for fact in labelled):
         raise InputError(
@@ -247,6 +276,8 @@ def _check_facts(new: list[Seen], labelled: Sequence[Seen], channels: int, reori
         )
     usual = {fact.orientation for fact in labelled}
     turned = [f"{fact.case} ({fact.orientation})" for fact in new if usual and fact.orientation not in usual]
+    if reader_turns:
+        turned = []
     if turned and reorient and len(usual) > 1:
         raise InputError(
             f"--reorient: the labelled images have several orientations themselves ({listed(sorted(usual))})"
@@ -280,13 +311,12 @@ class _Move:
     work: Path
     ending: str
     orientation: str
+    by_nibabel: bool
 
 
-def _bring(raw: Path, new: list[Incoming], hashes: list[str], ending: str, orientation: str, processes: int) -> None:
-    work = raw / WORK
-    work.mkdir()
+def _bring(raw: Path, moves: list[_Move], processes: int) -> None:
+    (raw / WORK).mkdir()
     try:
-        moves = [_Move(item, digest, work, ending, orientation) for item, digest in zip(new, hashes, strict=True)]
         run_jobs(_write_case, moves, processes, "Writing images")
     finally:
         _finish_moves(raw)
@@ -296,12 +326,12 @@ def _write_case(move: _Move) -> None:
     """Write all files of a case to the work folder, and then what is to be done with them."""
     item = move.item
     targets = [f"{item.case}_{channel:04d}{move.ending}" for channel in range(len(item.sources))]
-    for image, files, target in zip(_read(item), item.sources, targets, strict=True):
+    for image, files, target in zip(_read(item, move.by_nibabel), item.sources, targets, strict=True):
         turn = move.orientation and images.orientation(image) != move.orientation
         if len(files) == 1 and files[0].name.endswith(move.ending) and not turn:
             shutil.copyfile(files[0], move.work / target)
-        else:
-            images.write_image(sitk.DICOMOrient(image, move.orientation) if turn else image, move.work / target)
+            continue
+        images.write_image(images.reoriented(image, move.orientation, files[0]) if turn else image, move.work / target)
     if item.side:
         shutil.copyfile(item.side, move.work / f"{item.case}.json")
         targets.insert(0, f"{item.case}.json")

@@ -6,24 +6,36 @@ import csv
 import io
 import itertools
 import json
+import os
 import random
 import re
+import warnings as warnings_module
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-from nnunetv2_semisup.data.checks import check_label, require_finite, require_whole_nifti
-from nnunetv2_semisup.data.folders import PATIENTS, RAW_FOLDER, files_per_case, labelled_cases, read_dataset_json
+from nnunetv2_semisup.data import splits
+from nnunetv2_semisup.data.checks import check_label, require_finite, require_own_data, require_whole_nifti
+from nnunetv2_semisup.data.folders import (
+    PATIENTS,
+    RAW_FOLDER,
+    files_per_case,
+    labelled_cases,
+    read_dataset_json,
+    reader_class,
+)
+from nnunetv2_semisup.data.headers import Header, differing_axes, read_header, turns_images
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.data.orientation import differing_axes, stored_axes, turns_images
 from nnunetv2_semisup.data.reading import last_line, read_errors
 from nnunetv2_semisup.datasets.raw import find_dataset, link_or_copy, new_dataset_path, whole_folder, write_splits
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import PREPROCESSED, listed, write_json
 
 RECORD = "hidden_labels.json"
+WORDS = {"train": "train on", "val": "validate on"}
 PATIENT_FACTS = "patients.csv"  # of our ACDC converter
 
 
@@ -46,8 +58,9 @@ def hide_labels(
         labelled_choice: number of patients that keep their labels, or a file with one case id or patient per line.
         name: of the new dataset; None: that of the old one.
         patient_pattern: regular expression, found in a case id; its first group, or all that it matches, is the
-            patient. Cases of one patient stay together. None: as "patients" in dataset.json says, which our converters
-            write where a patient has several cases; else every case is a patient.
+            patient. Cases of one patient stay together, in new folds too. None: as "patients" in dataset.json says, which
+            our converters write where a patient has several cases; else every case is a patient, and folds that the
+            source's ``splits_final.json`` has of its own are kept.
         stratified: choose by size of the foreground: one patient of each of N equal parts of the sorted list. This
             reads all labels, also those that are hidden then.
         seed: of the random choice.
@@ -88,14 +101,18 @@ def hide_labels(
     kept = [case for case in sorted(cases) if patient_of[case] in set(labelled)]
     hidden = [case for case in sorted(cases) if case not in set(kept)]
 
+    folds = None if patient_pattern else kept_folds(source, sorted(cases), patient_of, kept)
     _check_content(source, cases, kept, dataset_json, processes)
     report = (
         f"  {len(kept)} cases of {len(labelled)} patients keep their labels ({how})\n"
         f"  {len(hidden)} cases go to {RAW_FOLDER} without labels"
     )
-    if not turns_images(_reader(cases, dataset_json).__name__):
-        turned = differing_axes({case: stored_axes(files["images"][0]) for case, files in cases.items()}, kept)
-        report += f"\n  WARNING: {turned}" if turned else ""
+    headers = {case: read_header(files["images"][0]) for case, files in cases.items()}
+    _check_axes(cases, headers, kept)
+    warnings = _leaks(source, hidden, dataset_json["file_ending"])
+    if not turns_images(reader_class(dataset_json, cases).__name__):
+        warnings.append(differing_axes({case: header.axes for case, header in headers.items() if header}, kept))
+    report += "".join(f"\n  WARNING: {text}" for text in warnings if text)
     if dry_run:
         return f"{target}: dry run, nothing was written\n{report}"
     with whole_folder(target) as folder:
@@ -111,10 +128,13 @@ def hide_labels(
             "patient_pattern": patient_pattern,
             "labelled": {case: patient_of[case] for case in kept},
             "hidden": {case: patient_of[case] for case in hidden},
-            **({"foreground_voxels_per_case": sizes} if sizes else {}),
+            **({"foreground_voxels_per_case": {patient: sizes[patient] for patient in labelled}} if sizes else {}),
         }
         _write_json(folder / RECORD, record)
-        write_splits(folder, kept, patient_of)
+        if folds is None:
+            write_splits(folder, kept, patient_of)
+        else:
+            write_json(folder / "splits_final.json", folds, indent=4)
     return (
         f"{target}\n{report}, see {RECORD}\n  next: nnUNetv2_plan_and_preprocess -d {new_id} --verify_dataset_integrity"
     )
@@ -172,8 +192,7 @@ def foreground_sizes(
     cases: dict[str, dict], patient_of: dict[str, str], dataset_json: dict, processes: int
 ) -> dict[str, float]:
     """Patient -> mean number of labelled voxels per case; the ignore label is not counted."""
-    reader = _reader(cases, dataset_json)
-    count = partial(_foreground_voxels, reader=reader, ignore=dataset_json["labels"].get("ignore"))
+    count = partial(_foreground_voxels, reader=reader_class(dataset_json, cases), ignore=dataset_json["labels"].get("ignore"))
     names = sorted(cases)
     counts = run_jobs(count, [cases[case]["label"] for case in names], processes, "Reading labels")
     of_patient: dict[str, list[int]] = {}
@@ -182,10 +201,70 @@ def foreground_sizes(
     return {patient: float(np.mean(voxels)) for patient, voxels in of_patient.items()}
 
 
-def _reader(cases: dict[str, dict], dataset_json: dict) -> type:
-    """nnU-Net's reader for the images of a dataset."""
-    example = next(iter(cases.values()))["images"][0]
-    return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
+def kept_folds(
+    source: Path, cases: list[str], patient_of: dict[str, str], kept: Sequence[str]
+) -> list[dict[str, list[str]]] | None:
+    """The source's own folds restricted to ``kept``; None where it has none, or those that nnU-Net or we would make.
+
+    They lie in the raw folder or, as nnU-Net uses them, in the preprocessed one.
+
+    Args:
+        source: raw folder.
+        cases: all labelled cases of the source.
+        patient_of: case -> patient.
+        kept: cases that keep their labels.
+
+    Raises:
+        InputError: a fold would have nothing to train on or nothing to validate on.
+    """
+    preprocessed = Path(os.environ.get(PREPROCESSED, "")) / source.name
+    file = next((f / "splits_final.json" for f in (source, preprocessed) if (f / "splits_final.json").is_file()), None)
+    if file is None:
+        return None
+    folds = splits.read_folds(file, cases)
+    with warnings_module.catch_warnings():
+        warnings_module.simplefilter("ignore")  # one patient only
+        if folds in (splits.make_splits(cases), splits.make_splits(cases, patient_of)):
+            return None
+    chosen = set(kept)
+    hidden = [case for case in cases if case not in chosen]
+    new = []
+    for number, fold in enumerate(folds):
+        restricted = {key: [case for case in fold[key] if case in chosen] for key in ("train", "val")}
+        if empty := [key for key, names in restricted.items() if not names]:
+            raise InputError(
+                f"{file}: fold {number} would have no case left to {' and '.join(WORDS[key] for key in empty)}; choose "
+                f"other or more labelled cases, or give --patient_pattern for new folds (REGEX '.+': every case is a "
+                f"patient)"
+            )
+        if "unlabeled" in fold:
+            restricted["unlabeled"] = sorted({*fold["unlabeled"], *hidden})
+        new.append(restricted)
+    return new
+
+
+def _leaks(source: Path, hidden: Sequence[str], ending: str) -> list[str]:
+    """What to tell of labels of hidden cases that come along as those of other parts."""
+    found = []
+    for name in ("labelsVal", "labelsTs"):
+        both = [case for case in hidden if (source / name / f"{case}{ending}").exists()]
+        if both:
+            found.append(
+                f"{name} has labels of {len(both)} cases that are hidden ({listed(both)}): training sees their images, "
+                f"so results on them are transductive and must be reported as such"
+            )
+    return found
+
+
+def _check_axes(cases: dict[str, dict], headers: dict[str, Header | None], kept: Sequence[str]) -> None:
+    """All images must have as many axes as those that keep their labels."""
+    usual = Counter(header.number for case in kept if (header := headers[case])).most_common(1)
+    for case, header in headers.items():
+        if header and header.number != usual[0][0]:
+            raise InputError(
+                f"{cases[case]['images'][0]}: an image of {header.number} axes, the labelled ones have {usual[0][0]}; "
+                f"nnU-Net would stretch it into a volume: remove the case"
+            )
 
 
 def _foreground_voxels(file: str, reader: type, ignore: int | None) -> int:
@@ -206,6 +285,11 @@ def _check_complete(source: Path, cases: dict[str, dict], dataset_json: dict) ->
         number = len(files["images"])
         if number != expected:
             raise InputError(f"{source}: case {case} has {number} image files, expected {expected}; complete it")
+        for file in (*files["images"], files["label"]):
+            if not file.endswith(dataset_json["file_ending"]):
+                raise InputError(
+                    f"{file}: dataset.json's file_ending is {dataset_json['file_ending']}; convert the file to that"
+                )
         for file in files["images"]:
             if not Path(file).is_file():
                 raise InputError(f"{file} does not exist; complete the dataset")
@@ -224,7 +308,7 @@ def _check_content(source: Path, cases: dict[str, dict], kept: list[str], datase
         values = tuple(sorted({int(v) for entry in dataset_json["labels"].values() for v in np.atleast_1d(entry)}))
     except (TypeError, ValueError) as error:
         raise InputError(f'{source / "dataset.json"}: labels must be {{"name": value, ...}}: correct it') from error
-    check = partial(_check_case, reader=_reader(cases, dataset_json), values=values)
+    check = partial(_check_case, reader=reader_class(dataset_json, cases), values=values)
     keeping = set(kept)
     run_jobs(check, [(files, case in keeping) for case, files in cases.items()], processes, "Checking cases")
 
@@ -237,6 +321,7 @@ def _check_case(job: tuple[dict, bool], reader: type, values: tuple[int, ...]) -
     with read_errors(lambda e: f"{named}: the images cannot be read ({last_line(e)}); repair or remove the case"):
         for file in images:
             require_whole_nifti(file, finite=True)
+            require_own_data(file)
         if not keeps_label:
             return
         image, image_facts = reader().read_images(images)
@@ -309,6 +394,8 @@ def _without_roles(file: Path) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
+    if source.is_dir():
+        raise InputError(f"{source} is a folder: {source.parent.name} holds files only; move it away")
     if not source.is_file():
         raise InputError(f"{source} does not exist; complete the dataset")
     if target.exists():

@@ -8,26 +8,52 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_semisup.data.checks import check_label, require_whole_nifti
+from nnunetv2_semisup.data.checks import check_label, require_own_data, require_whole_nifti
+from nnunetv2_semisup.data.headers import orientation_of
 from nnunetv2_semisup.data.reading import damaged, last_line, read_errors
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import is_utf8
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
 
-def read_image(path: Path, image_io: str = "") -> sitk.Image:
+def read_image(path: Path, image_io: str = "", by_nibabel: bool = False) -> sitk.Image:
     """Read an image file; an InputError names it if it is damaged, a NIfTI file cut off or with NaN included.
 
     Args:
         path: file of any format that SimpleITK knows.
         image_io: name of the reader, e.g. "NrrdImageIO"; empty: by content.
+        by_nibabel: read NIfTI by nibabel, which takes sheared axes too.
     """
     with read_errors(lambda error: _what_is_wrong(path, error)):
         require_whole_nifti(str(path), finite=True)
-        return sitk.ReadImage(str(path), imageIO=image_io)
+        require_own_data(str(path))
+        if by_nibabel and path.name.lower().endswith((".nii", ".nii.gz")):
+            return _read_by_nibabel(path)
+        image = sitk.ReadImage(str(path), imageIO=image_io)
+        if "complex" in image.GetPixelIDTypeAsString():
+            raise ValueError("complex numbers, of which the imaginary part would be lost: save the magnitude")
+        return image
+
+
+def _read_by_nibabel(path: Path) -> sitk.Image:
+    """As nnU-Net's NibabelIO reads it: three axes, the voxel size of the header, the axes of the affine matrix."""
+    nifti = nibabel.Nifti1Image.from_filename(path)
+    if nifti.ndim != 3:
+        raise ValueError(f"{nifti.ndim} axes, and the data set's reader (nibabel) takes three")
+    affine = np.diag([-1, -1, 1, 1]) @ nifti.affine  # to ITK's axes
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not lengths.all():
+        raise ValueError("its affine matrix has an axis of length 0")
+    image = sitk.GetImageFromArray(np.ascontiguousarray(np.asanyarray(nifti.dataobj).T))
+    image.SetSpacing([float(size) for size in nifti.header.get_zooms()])
+    image.SetDirection((affine[:3, :3] / lengths).ravel())
+    image.SetOrigin(affine[:3, 3])
+    return image
 
 
 def _what_is_wrong(path: Path, error: Exception) -> str:
@@ -92,7 +118,19 @@ def require_same_geometry(label: sitk.Image, image: sitk.Image, path: Path, imag
 
 def orientation(image: sitk.Image) -> str:
     """Where the axes of a 3D image point, to the closest patient axis: "LPS" = left, posterior, superior."""
-    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
+    return orientation_of(_direction(image).ravel())
+
+
+def reoriented(image: sitk.Image, axes: str, path: Path) -> sitk.Image:
+    """A 3D image with its axes permuted and flipped so that they point as ``axes``, e.g. "LPS", says.
+
+    Args:
+        path: of the image, for errors.
+    """
+    cosines = np.reshape(image.GetDirection(), (image.GetDimension(),) * 2)
+    if len(cosines) != 3 or not np.allclose(cosines.T @ cosines, np.eye(3), atol=1e-3):
+        raise InputError(f"{path}: its axes are four or not at right angles, so it cannot be turned; convert it first")
+    return sitk.DICOMOrient(image, axes)
 
 
 def align_label(label: sitk.Image, image: sitk.Image, path: Path, image_path: Path) -> tuple[sitk.Image, bool]:
@@ -180,7 +218,8 @@ def content_hash(images: Sequence[sitk.Image]) -> str:
 
 
 def _direction(image: sitk.Image) -> np.ndarray:
-    return np.asarray(image.GetDirection()).reshape(3, 3)
+    """(3, 3) of an image of three axes, or of four, the last of which is that of the channels."""
+    return np.reshape(image.GetDirection(), (image.GetDimension(),) * 2)[:3, :3]
 
 
 def _text(values: Sequence[float]) -> str:
@@ -222,7 +261,8 @@ def walk(folder: Path) -> list[Path]:
     """All files below ``folder``, sorted, hidden ones left out.
 
     A linked folder is not entered: it leads to files that are found anyway, or out of ``folder``, which is refused.
-    So are links that lead nowhere, and folders that cannot be read.
+    So are links that lead nowhere, folders that cannot be read, pipes and devices, which would hang a reader, and names
+    that are no UTF-8.
     """
 
     def refuse(error: OSError) -> None:
@@ -235,8 +275,12 @@ def walk(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root, name) for name in sorted(files) if not name.startswith(".")]
     for file in found:
+        if not is_utf8(str(file)):
+            raise InputError(f"{str(file)!a}: its name is no UTF-8; rename it")
         if not file.exists():
             raise InputError(f"{file} is a link to {file.readlink()}, which does not exist; put the file there")
+        if not file.is_file():
+            raise InputError(f"{file} is a pipe, socket or device and no file; move it away")
     return found
 
 
@@ -329,6 +373,11 @@ def read_series(files: Sequence[Path]) -> sitk.Image:
         raise InputError(f"{place}: the DICOM series has one slice only; copy or download it again")
     slices = [_information(file) for file in files]
     for file, reader in zip(files, slices, strict=True):
+        if other := _grid_differs(reader, slices[0]):
+            raise InputError(
+                f"{file}: its {other} is another than that of {files[0].name}, and yet both are of one DICOM series; "
+                f"move the slices of another kind to a folder of their own"
+            )
         if _stored_as(reader) != _stored_as(slices[0]):
             raise InputError(
                 f"{file}: its values are stored otherwise than those of {files[0].name} (rescaling or number type); "
@@ -349,6 +398,18 @@ def read_series(files: Sequence[Path]) -> sitk.Image:
     series.SetFileNames([str(file) for file in files])
     with read_errors(lambda error: f"{place}: damaged DICOM series ({last_line(error)}); download it again"):
         return series.Execute()
+
+
+def _grid_differs(reader: sitk.ImageFileReader, first: sitk.ImageFileReader) -> str:
+    """What of a slice's place in the plane differs from the first one; empty if nothing."""
+    for what, here, there in (
+        ("number of pixels", reader.GetSize()[:2], first.GetSize()[:2]),
+        ("pixel spacing", reader.GetSpacing()[:2], first.GetSpacing()[:2]),
+        ("orientation", reader.GetDirection(), first.GetDirection()),
+    ):
+        if not np.allclose(here, there, rtol=1e-3, atol=1e-3):
+            return what
+    return ""
 
 
 def _stored_as(reader: sitk.ImageFileReader) -> list:

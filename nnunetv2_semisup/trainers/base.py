@@ -69,6 +69,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's signature
     ):
+        where = f"plans {plans.get('plans_name')}" if isinstance(plans, dict) else "the plans"
+        preprocess.check_plans(plans, configuration, where, "plan again with nnUNetv2_plan_and_preprocess")
         self.settings = self._resolve_settings(plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.settings.num_epochs
@@ -193,7 +195,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def do_split(self):
         if self.fold != "all":
             identifiers = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
-            written = splits.ensure_splits(Path(self.preprocessed_dataset_folder_base), identifiers)
+            folder = Path(self.preprocessed_dataset_folder_base)
+            splits.check_fold(folder, self.fold, identifiers)
+            written = splits.ensure_splits(folder, identifiers)
             if written:
                 self.print_to_log_file(f"Fewer than 5 labelled cases: wrote leave-one-out folds to {written}")
         return super().do_split()

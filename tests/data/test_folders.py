@@ -70,11 +70,11 @@ def test_missing_folder(tmp_path):
 def test_folders_and_broken_links_are_named(tmp_path):
     touch(tmp_path / "imagesUn", "a_0000.nii.gz")
     (tmp_path / "imagesUn" / "dicom").mkdir()
-    with pytest.raises(InputError, match="dicom is a folder or a broken link"):
+    with pytest.raises(InputError, match="dicom is a folder, a broken link or a device"):
         find_unlabeled_cases(tmp_path, ONE_CHANNEL)
     (tmp_path / "imagesUn" / "dicom").rmdir()
     (tmp_path / "imagesUn" / "b_0000.nii.gz").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="b_0000.nii.gz is a folder or a broken link"):
+    with pytest.raises(InputError, match="b_0000.nii.gz is a folder, a broken link or a device"):
         find_unlabeled_cases(tmp_path, ONE_CHANNEL)
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import blosc2
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -20,7 +21,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_semisup.data import preprocess
+from nnunetv2_semisup.data import checks, preprocess
 from nnunetv2_semisup.data.preprocess import SUFFIXES, pending_cases, preprocess_unlabeled
 from nnunetv2_semisup.errors import InputError
 
@@ -67,7 +68,7 @@ def processed_cases(monkeypatch):
 
     def spy(job):
         seen.append(job.case)
-        original(job)
+        return original(job)
 
     monkeypatch.setattr(preprocess, "_preprocess_case", spy)
     return seen
@@ -352,7 +353,7 @@ def test_itk_reads_nan_as_zero_as_for_labelled_images(dataset):
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_finite_values_that_overflow_are_refused(dataset):
     rewrite(dataset.images("un_1")[0], lambda array: np.where(array > 0, np.float32(3e38), np.float32(0)))
-    with pytest.raises(InputError, match="un_1_0000.nii.gz.*NaN or infinite values in channel 0"):
+    with pytest.raises(InputError, match=r"un_1_0000.nii.gz.*it has values up to 3e\+38"):
         run(dataset)
 
 
@@ -363,11 +364,156 @@ def test_all_channels_wrong_in_the_same_way(dataset):
         run(dataset)
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value", "ignore:Degrees of freedom")
-def test_empty_image_is_no_error(dataset):
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (np.zeros_like, "every voxel is 0: it shows nothing"),
+        (lambda array: np.full_like(array, 7), "every voxel is 7: it shows nothing"),
+        (lambda array: np.full_like(array, np.nan), "NaN or infinite values|every voxel is 0"),
+        (lambda array: np.where(np.arange(array.size).reshape(array.shape) == 5, 3e38, array), r"values up to 3e\+38"),
+    ],
+)
+def test_a_worthless_image_is_refused(dataset, change, message):
+    """Input: an unlabelled image of one value, of NaN, or with a value of 3e38. Answer: an error that names it."""
     for file in dataset.images("un_1"):
-        rewrite(file, np.zeros_like)
+        rewrite(file, lambda array: change(array.astype(np.float32)).astype(np.float32))
+    with pytest.raises(InputError, match=rf"un_1_0000.nii.gz.* cannot be preprocessed: .*({message})"):
+        run(dataset)
+    assert "un_1" in pending(dataset)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("value", [0, -3.5])
+def test_one_empty_channel_among_others_is_told(dataset, value):
+    """Input: an unlabelled image one of whose channels has one value. Answer: it is used, with a warning that names it."""
+    rewrite(dataset.images("un_1")[1], lambda array: np.full_like(array, value))
+    lines = []
+    assert run(dataset, log=lines.append) == CASES
+    assert [line for line in lines if "WARNING" in line and "un_1_0001" in line and "channel 1 has one value" in line]
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_a_slice_among_volumes_is_refused(dataset, configuration):
+    """Input: a 2D image in a 3D data set. Answer: an error that names it, where nnU-Net would stretch it."""
+    for file in dataset.images("un_1"):
+        sitk.WriteImage(sitk.ReadImage(file)[:, :, 3], file)
+    with pytest.raises(InputError, match="un_1_0000.nii.gz.*it has 2 axes, the labelled images have 3"):
+        run(dataset, configuration)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    ("spacing", "message"),
+    [
+        ((60, 60, 60), r"voxel size 60 x 60 x 60 mm would make [\d.]+ GiB of it"),
+        ((1000, 1000, 1), "would make .* correct the header"),
+        ((0.001, 1, 1), "voxel size .*0.001 mm leaves no voxel of"),
+    ],
+)
+def test_absurd_voxel_sizes_are_refused_before_memory_is_asked_for(dataset, spacing, message):
+    """Input: a voxel size of 60 mm or 0.001 mm. Answer: an error that names file, size and what it would come to."""
+    for file in dataset.images("un_1"):
+        image = sitk.ReadImage(file)
+        image.SetSpacing(spacing)
+        sitk.WriteImage(image, file)
+    with pytest.raises(InputError, match=f"un_1_0000.nii.gz.*{message}"):
+        run(dataset)
+
+
+def damage_header(file, **fields):
+    """Overwrite fields of a NIfTI header."""
+    content = bytearray(gzip.decompress(Path(file).read_bytes()))
+    header = nibabel.Nifti1Header(bytes(content[:348]), check=False)
+    for name, value in fields.items():
+        header[name] = value
+    content[:348] = header.binaryblock
+    Path(file).write_bytes(gzip.compress(bytes(content)))
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pixdim": [1, 0, 1, 1, 0, 0, 0, 0]}, "has no voxel size, its header says 0 x 1 x 1 mm"),
+        ({"pixdim": [1, 1, np.nan, 1, 0, 0, 0, 0]}, "has no voxel size"),
+        ({"dim": [3, 24, 0, 16, 1, 1, 1, 1]}, "has no voxels, its size is 24 x 0 x 16"),
+        ({"datatype": 32, "bitpix": 64}, "complex numbers"),
+        ({"datatype": 64, "bitpix": 0}, "is cut off"),
+        ({"datatype": 1}, "data type 1, which"),
+        ({"dim": [9, 2, 2, 2, 2, 2, 2, 2]}, "is no NIfTI image"),
+    ],
+)
+def test_a_nifti_header_that_lies_is_refused(dataset, fields, message):
+    """Input: a NIfTI header with no voxel size, an axis of length 0, complex numbers, or more voxels than there are.
+    Answer: an error that names the file and what is wrong."""
+    damage_header(dataset.images("un_1")[0], **fields)
+    with pytest.raises(InputError, match=f"un_1_0000.nii.gz.*{message}"):
+        run(dataset)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("rest", [b"trailing", b"\x1f\x8b", b"\0" * 3000])
+def test_bytes_behind_a_whole_file_do_not_matter(dataset, rest):
+    """Input: a .nii.gz with bytes behind its end. Answer: it is used; its voxels are whole."""
+    for file in dataset.images("un_1"):
+        with open(file, "ab") as stream:
+            stream.write(rest)
     assert run(dataset) == CASES
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("name", ["../secret.raw", "/etc/hostname", "LIST\n../secret.raw"])
+def test_voxels_outside_the_folder_are_not_read(tmp_path, name):
+    """Input: an .mhd or .nhdr header that takes its voxels from a file outside its folder. Answer: an error."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "secret.raw").write_bytes(bytes(range(60)))
+    mhd = "ObjectType = Image\nNDims = 3\nDimSize = 3 4 5\nElementType = MET_UCHAR\nElementDataFile = "
+    nrrd = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 3 4 5\nencoding: raw\ndata file: "
+    for file, start in (("a.mhd", mhd), ("a.mha", mhd), ("a.nhdr", nrrd), ("a.nrrd", nrrd)):
+        (inside / file).write_text(f"{start}{name}\n")
+        with pytest.raises(ValueError, match=f"{file} takes its voxels from {name.split()[-1]}, outside its folder"):
+            checks.require_own_data(str(inside / file))
+        (inside / file).write_text(f"{start}secret.raw\n")
+        checks.require_own_data(str(inside / file))
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plans: plans["configurations"]["3d_fullres"].pop("spacing"),
+        lambda plans: plans["configurations"].update({"3d_fullres": None}),
+        lambda plans: plans["configurations"]["3d_fullres"].update(preprocessor_name="NoPreprocessor"),
+        lambda plans: plans["configurations"]["3d_fullres"].update(spacing=[0, 1, 1]),
+        lambda plans: plans["configurations"]["3d_fullres"].update(spacing="1 1 1"),
+        lambda plans: plans["configurations"]["3d_fullres"].update(inherits_from="nothing"),
+        lambda plans: plans.pop("transpose_forward"),
+        lambda plans: plans.update(transpose_forward=[0, 0, 1]),
+        lambda plans: plans.pop("image_reader_writer"),
+        lambda plans: plans.update(configurations=[]),
+    ],
+)
+def test_damaged_plans_are_told_in_one_line(dataset, change):
+    """Input: plans without spacing, with a configuration that is null, an unknown preprocessor, a spacing of 0 and the
+    like. Answer: one line that names the file and the command that makes it anew."""
+    dataset.edit_plans(change)
+    with pytest.raises(InputError, match=r"nnUNetPlans.json.*run nnUNetv2_plan_and_preprocess -d 508$") as caught:
+        run(dataset)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("cases", [[], "x", {"un_0": None, "un_1": [1], "un_2": {"sizes": "x", "axes": 3}}])
+def test_a_manifest_of_another_form_means_all_is_redone(dataset, images, cases):
+    """Input: a manifest whose entries are not what was written. Answer: the cases are preprocessed anew."""
+    run(dataset)
+    content = json.loads(dataset.manifest.read_text())
+    dataset.manifest.write_text(json.dumps({**content, "cases": cases}))
+    assert run(dataset) == CASES
+    assert_state(dataset, CASES, images)
 
 
 def test_error_in_a_pool_names_the_image_and_keeps_whole_cases_only(dataset, images):
@@ -394,6 +540,7 @@ def test_killed_at_every_file_operation(dataset, tmp_path, images, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
+        patch.setattr(preprocess, "MANIFEST_PAUSE", 0)
         run(dataset)
     assert len(snapshots) == 1 + 3 * (3 + 1)  # an empty manifest, then per case three files and the manifest
 
@@ -409,7 +556,7 @@ def test_killed_at_every_file_operation(dataset, tmp_path, images, monkeypatch):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from nnunetv2_semisup.data import preprocess
+from nnunetv2_semisup.data import checks, preprocess
 
 name, hang_at = sys.argv[1:]
 original = preprocess._preprocess_case
@@ -421,7 +568,7 @@ def slow(job):
         print("hanging", flush=True)
         time.sleep(60)
     time.sleep(0.3)
-    original(job)
+    return original(job)
 
 preprocess._preprocess_case = slow
 print("ready", flush=True)
@@ -512,7 +659,7 @@ def test_killed_worker_is_explained(dataset):
 def only_the_first_ends(job, original=preprocess._preprocess_case):
     if job.case != "un_0":
         time.sleep(60)
-    original(job)
+    return original(job)
 
 
 def test_ctrl_c_ends_workers_in_the_middle_of_a_case(dataset, images, monkeypatch):

@@ -31,7 +31,7 @@ def read_case(case: Case, offset: int) -> tuple[sitk.Image, sitk.Image | None, s
 
 def make_recipe(source: Path, offset: int = 0) -> Recipe:
     for number, name in enumerate(ROLES):
-        for file, value in ((f"{name}.nrrd", number), (f"{name}_label.nrrd", 1)):
+        for file, value in ((f"{name}.nrrd", number + 1), (f"{name}_label.nrrd", 1)):
             if not (source / file).exists():
                 array = np.zeros((3, 4, 5), np.int16)
                 array[1, 1, 1:3] = value
@@ -95,7 +95,7 @@ def test_only_what_is_finished_and_unchanged_is_kept(nnunet_raw, source):
     convert(recipe, source)
     target = nnunet_raw / "Dataset007_X"
     assert (target / "imagesTr" / "b_0000.nii.gz").stat().st_mtime_ns == before
-    assert read(target / "imagesTr" / "a_0000.nii.gz")[0].max() == 50
+    assert read(target / "imagesTr" / "a_0000.nii.gz")[0].max() == 51
 
 
 def test_another_way_of_reading_starts_over(nnunet_raw, source):

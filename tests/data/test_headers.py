@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from nnunetv2_semisup.data.orientation import differing_axes, stored_axes
+from nnunetv2_semisup.data.headers import differing_axes, stored_axes
 
 
 @pytest.mark.robustness
