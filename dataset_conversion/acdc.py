@@ -98,7 +98,7 @@ def find_files(source: Path) -> tuple[str, dict[str, Path]]:
 def read_info(path: Path) -> dict[str, str]:
     """Content of Info.cfg: "ED", "ES", "Group" and so on."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy or download it again") from error
     info = {key.strip(): value.strip() for key, colon, value in (line.partition(":") for line in lines) if colon}

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -14,20 +15,39 @@ from nnunetv2_semisup.data.reading import damaged, read_errors
 from nnunetv2_semisup.errors import InputError
 
 
+MAX_COMPRESSION = 1100  # deflate makes at most 1032 bytes of one
+
+
 def require_h5py() -> None:
     if importlib.util.find_spec("h5py") is None:
         raise InputError("h5py is needed to read the h5 form; run: pip install h5py")
 
 
 def read_h5_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """Read the named datasets of an HDF5 file, and no others."""
+    """Read the named datasets of an HDF5 file, and no others; what lies in other files, or is not there, is refused."""
     import h5py  # an extra: whoever converts other forms does not need it
 
     with read_errors(damaged(path)), h5py.File(path) as file:
-        for name in names:
-            if not isinstance(file.get(name), h5py.Dataset):
-                raise InputError(f"{path}: no dataset {name!r} inside; it must have 'image' and 'label'")
-        return [np.asarray(file[name][()]) for name in names]
+        return [np.asarray(_own_dataset(file, name, path)[()]) for name in names]
+
+
+def _own_dataset(file: Any, name: str, path: Path) -> Any:
+    """The dataset ``name``, if its values are in this file."""
+    import h5py
+
+    if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
+        raise InputError(f"{path}: {name!r} is a link to another file; put the values into this one")
+    data = file.get(name)
+    if not isinstance(data, h5py.Dataset):
+        raise InputError(f"{path}: no dataset {name!r} inside; it must have 'image' and 'label'")
+    if data.external or data.is_virtual:
+        raise InputError(f"{path}: {name!r} has its values in another file; put them into this one")
+    if data.nbytes > MAX_COMPRESSION * max(1, data.id.get_storage_size()):
+        raise InputError(
+            f"{path}: {name!r} claims {data.nbytes / 2**30:.3g} GiB and {data.id.get_storage_size()} bytes are there; "
+            f"copy or download it again"
+        )
+    return data
 
 
 def array_to_image(array: np.ndarray, spacing: Sequence[float]) -> sitk.Image:

@@ -320,7 +320,7 @@ def _write_missing_splits(folder: Path) -> None:
 
     raw = Path(os.environ.get("nnUNet_raw", ""), folder.name)
     if (raw / "imagesTr").is_dir():
-        dataset_json = files.read_json(folder / "dataset.json", "run nnUNetv2_plan_and_preprocess again")
+        dataset_json = files.read_object(folder / "dataset.json", "run nnUNetv2_plan_and_preprocess again")
         written = splits.ensure_splits(folder, folders.labelled_identifiers(raw, dataset_json))
         if written:
             print(f"Fewer than 5 labelled cases: wrote leave-one-out folds to {written}")

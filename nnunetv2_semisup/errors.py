@@ -11,4 +11,4 @@ class InputError(SystemExit, ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training met a value that is not finite and stopped."""
+    """Training met a value that is not finite, or a case that cannot be read, and stopped."""

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,27 @@ def whole_file(file: Path, only_writer: bool = False) -> Iterator[Path]:
 
     A reader finds either the old file or the whole new one. What a killed process leaves is hidden and ends with
     ``.tmp``; with ``only_writer`` the next writer of ``file`` overwrites it: for large files that one process writes.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
     """
     number = "" if only_writer else f".{os.getpid()}"
     temporary = file.with_name(f".{file.name}{number}.tmp")
     try:
         yield temporary
         os.replace(temporary, file)
+    except OSError as error:
+        raise cannot_write(file, error.strerror or str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cannot_write(file: Path, reason: str) -> InputError:
+    """The error for a file that could not be written, with the room that is left on its disk."""
+    room = ""
+    with contextlib.suppress(OSError):
+        room = f", {shutil.disk_usage(file.parent).free / 1e9:.3g} GB are free there"
+    return InputError(f"{file} cannot be written ({reason}{room}): make room on the disk, or change permissions")
 
 
 def write_text(file: Path, text: str) -> None:
@@ -48,8 +62,20 @@ def read_json(file: Path, remedy: str) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{file} does not exist: {remedy}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON ({error}): {remedy}") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): {remedy}") from error
+
+
+def read_object(file: Path, remedy: str, *keys: str) -> dict:
+    """As :func:`read_json`, of a file that must hold an object with these keys."""
+    content = read_json(file, remedy)
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is not what belongs there, a JSON object: {remedy}")
+    if missing := [key for key in keys if key not in content]:
+        raise InputError(f"{file} has no {listed(missing)}: {remedy}")
+    return content
 
 
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
@@ -98,23 +124,27 @@ def nnunet_folder(variable: str) -> Path:
     """
     if not os.environ.get(variable):
         raise InputError(f"{variable} is not set: export {variable}=FOLDER, as nnU-Net needs it too")
-    folder = Path(os.environ[variable]).absolute()
+    value = os.environ[variable]
+    folder = Path(value).absolute()
     if not folder.is_dir():
-        raise InputError(f"{variable} is {folder}, which is not a folder: create it or correct the variable")
+        odd = value.startswith("~") or value[0] in "\"'" or value != value.strip()
+        hint = f"; it is set to {value!r}: write it without quotes, blanks and ~" if odd else ""
+        raise InputError(f"{variable} is {folder}, which is not a folder: create it or correct the variable{hint}")
     return folder
 
 
 def find_dataset(dataset: str, variable: str, remedy: str) -> Path:
-    """The one folder in ``variable``'s folder that ``dataset`` means: an id ("508") or a full name.
+    """The one folder in ``variable``'s folder that ``dataset`` means: an id ("508"), a full name, or that with a slash.
 
     Raises:
         InputError: none or several; ``remedy`` says what to do when there is none.
     """
     root = nnunet_folder(variable)
-    if dataset.isdigit():
+    dataset = dataset.rstrip("/\\") or dataset
+    if dataset.isdecimal():
         found = [f for f in sorted(root.glob(f"Dataset{int(dataset):03d}_*")) if f.is_dir()]
     else:
-        found = [root / dataset] if (root / dataset).is_dir() else []
+        found = [root / dataset] if Path(dataset).name == dataset and (root / dataset).is_dir() else []
     if len(found) != 1:
         what = "no dataset" if not found else f"{len(found)} datasets ({listed([f.name for f in found])})"
         raise InputError(f"-d {dataset}: {what} in {root}: {remedy if not found else 'give the full name'}")

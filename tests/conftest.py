@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import LABELS, TinyDataset, make_dataset
+from hypothesis import settings
+
+settings.register_profile("machines differ", deadline=None)
+settings.load_profile("machines differ")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from hypothesis.extra import numpy as hnp
 from nnunetv2_semisup.boxes import bounding_box
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(hnp.arrays(bool, hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=6)))
 def test_bounding_box_is_the_smallest(mask):
     assume(mask.any())

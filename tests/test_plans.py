@@ -244,7 +244,7 @@ def test_patch_is_that_of_nnunets_planner(planned, geometry, dim):
         assert np.array_equal(ours, theirs)
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200)
 @given(data=st.data(), dim=st.sampled_from([2, 3]), kind=st.sampled_from(list(BASES)))
 def test_invariants(planned, data, dim, kind):
     spacing = [round(2**e, 3) for e in data.draw(st.lists(st.floats(-2, 4), min_size=dim, max_size=dim))]
@@ -413,7 +413,7 @@ def test_the_base_is_named_where_its_data_would_be_overwritten(folder):
     fails("choose another name", folder, "other", "nnUNetPlans", None, [], Size(coarsen=2))
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200)
 @given(data=st.data(), dim=st.sampled_from([2, 3]), kind=st.sampled_from(list(BASES)))
 def test_any_patch_fits_or_the_remedy_does(planned, data, dim, kind):
     spacing = [round(2**e, 3) for e in data.draw(st.lists(st.floats(-1, 3), min_size=dim, max_size=dim))]

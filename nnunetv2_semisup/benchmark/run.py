@@ -20,7 +20,7 @@ from nnunetv2_semisup.benchmark.grid import BASELINE, Run, family
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.data.folders import read_dataset_json
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import read_json
+from nnunetv2_semisup.files import read_object
 from nnunetv2_semisup.settings import SemiSupSettings
 
 WORKER = (sys.executable, "-u", "-m", "nnunetv2_semisup.benchmark.worker")
@@ -60,7 +60,7 @@ def run_grid(runs: list[Run], work: WorkFolder, results: Path, options: Options)
             print("    another process is doing this run: skipped", flush=True)
         else:
             failed.append(run)
-            note = read_json(work.failure(run), "remove it")
+            note = read_object(work.failure(run), "remove it", "message")
             message = f"{note['message']} (exit code {note['exit_code']}, log {note['log']})"
             print(f"    FAILED after {readable(seconds)}: {message}", flush=True)
     if busy:
@@ -121,7 +121,7 @@ def submit(runs: list[Run], work: WorkFolder, options: Options, parameters: dict
 def job(run: Run, work: WorkFolder, options: Options) -> None:
     """One run as a cluster's job; it fails where the run does."""
     if run_one(run, work, options) not in (0, worker.BUSY):
-        raise RuntimeError(read_json(work.failure(run), "remove it")["message"])
+        raise RuntimeError(read_object(work.failure(run), "remove it", "message")["message"])
 
 
 def run_one(run: Run, work: WorkFolder, options: Options) -> int:
@@ -184,7 +184,7 @@ def unequal_steps(runs: list[Run]) -> list[str]:
         if run.trainer not in trainers or setting(run) not in with_baseline:
             continue
         file = Path(os.environ["nnUNet_preprocessed"], run.dataset, f"{run.plans}.json")
-        plans = read_json(file, "make the plans, see nnUNetv2_semisup_plans -h")
+        plans = read_object(file, "make the plans, see nnUNetv2_semisup_plans -h")
         settings_class = discovery.settings_class(run.trainer)
         ours = settings.of_trainer(plans, run.trainer, settings_class, trainers).num_iterations_per_epoch
         if ours != stock:
@@ -208,7 +208,7 @@ def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
             f"{raw}: a benchmark tests on imagesTs against labelsTs, but "
             + (f"these cases are in one of them only: {different}" if images or labels else "there are none")
         )
-    plans = read_json(preprocessed / f"{plans_name}.json", "make the plans, see nnUNetv2_semisup_plans -h")
+    plans = read_object(preprocessed / f"{plans_name}.json", "make the plans, see nnUNetv2_semisup_plans -h")
     if plans["plans_name"] != plans_name:
         raise InputError(
             f'{preprocessed / plans_name}.json has the "plans_name" {plans["plans_name"]}, and nnU-Net names model '

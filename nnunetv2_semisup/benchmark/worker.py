@@ -27,7 +27,7 @@ from nnunetv2_semisup.benchmark.grid import Run
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.data.folders import labelled_identifiers, read_dataset_json
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import read_json
+from nnunetv2_semisup.files import read_object
 
 BUSY = 75  # exit code when another process does this run (EX_TEMPFAIL)
 LOCK_SECONDS = 10  # a killed runner's process needs a moment to die
@@ -57,7 +57,7 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
         return
     raw = Path(os.environ["nnUNet_raw"], run.dataset)
     plans_file = Path(os.environ["nnUNet_preprocessed"], run.dataset, f"{run.plans}.json")
-    plans = read_json(plans_file, "run nnUNetv2_plan_and_preprocess")
+    plans = read_object(plans_file, "run nnUNetv2_plan_and_preprocess")
     model = work.model(run, plans["plans_name"])
     os.environ["nnUNet_results"] = str(work.nnunet_results(run))
     set_threads(device, threads)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
@@ -29,9 +31,20 @@ class UnlabeledDataset(nnUNetDatasetBlosc2):
         super().__init__(str(folder), None if identifiers is None else list(identifiers))
 
     def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
-        """Image (C, X, Y, Z) and mask (1, X, Y, Z) on disk, no previous stage, properties without class locations."""
-        image, mask, _, properties = super().load_case(identifier)
-        return image, mask, None, {**properties, "class_locations": None}
+        """Image (C, X, Y, Z) and mask (1, X, Y, Z) on disk, no previous stage, no class locations.
+
+        The properties file is not opened: nothing in it is needed, and a pickle from elsewhere could run code.
+        """
+        image, mask = (
+            blosc2.open(
+                urlpath=os.path.join(self.source_folder, f"{identifier}{suffix}"),
+                mode="r",
+                dparams={"nthreads": 1},
+                **self.mmap_kwargs,
+            )
+            for suffix in (".b2nd", "_seg.b2nd")
+        )
+        return image, mask, None, {"class_locations": None}
 
 
 class UnlabeledDataLoader(nnUNetDataLoader):
@@ -75,6 +88,19 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 def geometric_part(transforms: ComposeTransforms) -> ComposeTransforms:
     """Those of nnU-Net's training transforms that move voxels, and the masking; the same objects in the same order."""
     return ComposeTransforms([transform for transform in transforms.transforms if isinstance(transform, GEOMETRIC)])
+
+
+class RememberingDataset:
+    """A data set of nnU-Net's that notes which case was opened last, so that an error can name it."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        self.identifiers = dataset.identifiers
+        self.last = ""
+
+    def load_case(self, identifier: str) -> tuple:
+        self.last = identifier
+        return self.dataset.load_case(identifier)
 
 
 class TwoStreamLoader:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.paths import nnUNet_raw
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
@@ -43,7 +43,7 @@ from nnunetv2_semisup.data.jobs import submit, worker_pool
 from nnunetv2_semisup.data.headers import Header, differing_axes, read_header, stored_axes, turns_images
 from nnunetv2_semisup.data.reading import read_errors
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import read_json, write_json
+from nnunetv2_semisup.files import PREPROCESSED, nnunet_folder, read_json, write_json
 
 MANIFEST_PAUSE = 20  # between two writings of the manifest, as many times as long as the last one took
 MAX_GROWTH = 100  # times as many voxels after resampling; slices of 10 mm to 1 mm are 10
@@ -204,9 +204,7 @@ class _Survey(NamedTuple):
 
 
 def _read_task(dataset_name: str, plans_name: str, configuration: str) -> _Task:
-    if not nnUNet_preprocessed.is_set():
-        raise InputError("nnUNet_preprocessed is not set: export it as nnU-Net's installation page says")
-    folder = Path(nnUNet_preprocessed) / dataset_name
+    folder = nnunet_folder(PREPROCESSED) / dataset_name
     command = f"run nnUNetv2_plan_and_preprocess -d {_dataset_id(dataset_name)}"
     plans_file = folder / f"{plans_name}.json"
     others = sorted(f.stem for f in folder.glob("*Plans*.json") if not f.stem.endswith("_unlabeled"))

@@ -39,7 +39,7 @@ from nnunetv2_semisup.datasets.incoming import (
 )
 from nnunetv2_semisup.datasets.raw import find_dataset, locked
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import listed, read_json, write_json
+from nnunetv2_semisup.files import listed, read_json, read_object, write_json
 
 RECORD = "added_unlabeled.json"  # in the dataset's folder: case -> source and hash
 WORK = ".tmp_unlabeled"  # there too, while images are written
@@ -345,10 +345,10 @@ def _finish_moves(raw: Path) -> None:
     Killed in between, the next call goes on: a case is planned as long as its plan is in the work folder.
     """
     work = raw / WORK
-    plans = [read_json(file, f"remove {work}") for file in sorted(work.glob(f"*{PLAN}"))]
+    plans = [read_object(file, f"remove {work}", "files", "record") for file in sorted(work.glob(f"*{PLAN}"))]
     if plans:
         file = raw / RECORD
-        record = read_json(file, "repair or remove it") if file.exists() else {}
+        record = read_object(file, "repair or remove it") if file.exists() else {}
         write_json(file, {**record, **{case: entry for plan in plans for case, entry in plan["record"].items()}})
         (raw / RAW_FOLDER).mkdir(exist_ok=True)
     for target in [target for plan in plans for target in plan["files"]]:

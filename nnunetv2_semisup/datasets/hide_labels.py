@@ -165,7 +165,8 @@ def listed_patients(file: Path, patient_of: dict[str, str]) -> list[str]:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"--labeled {file}: neither a number nor a list that can be read ({error}); give plain text"
+            f"--labeled {file}: give the number of patients that keep their labels, or a text file that lists them "
+            f"({getattr(error, 'strerror', None) or error})"
         ) from error
     names = {line for line in lines if line and not line.startswith("#")}
     unknown = sorted(names - set(patient_of) - set(patient_of.values()))

@@ -22,14 +22,16 @@ from nnunetv2_semisup import discovery
 from nnunetv2_semisup.data import splits
 from nnunetv2_semisup.data.checks import require_whole_nifti
 from nnunetv2_semisup.data.folders import find_unlabeled_cases, labelled_identifiers, read_dataset_json
+from nnunetv2_semisup.data.preprocess import check_plans
 from nnunetv2_semisup.data.reading import damaged, read_errors
 from nnunetv2_semisup.datasets.raw import find_dataset, locked, new_dataset_path
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import PREPROCESSED, RAW, RESULTS, nnunet_folder, read_json, write_json
+from nnunetv2_semisup.files import PREPROCESSED, RAW, RESULTS, nnunet_folder, read_json, read_object, write_json
 from nnunetv2_semisup.selftrain import dataset as dataset_module
 from nnunetv2_semisup.selftrain.predict import predict_cases
 
 ALL = ("all",)
+STATE = ("arguments", "seconds")  # keys of the state file
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class State:
         if not file.is_file():
             self._write()
             return
-        content = read_json(file, "repair it, or remove its folder and the new data sets and start again")
+        content = read_object(file, "repair it, or remove its folder and the new data sets and start again", *STATE)
         before = content["arguments"]
         changed = [key for key, value in self.arguments.items() if before.get(key) != value]
         if changed:
@@ -278,7 +280,8 @@ class _Run:
         last = self.options.rounds
         lines = []
         for number in range(1, last + 1):
-            record = read_json(nnunet_folder(RAW) / self.name(number) / dataset_module.RECORD, "restore it")
+            file = nnunet_folder(RAW) / self.name(number) / dataset_module.RECORD
+            record = read_object(file, "restore it", "kept", "dropped")
             lines.append(f"{self.name(number)}: {record['kept']} pseudo-labelled cases, {record['dropped']} dropped")
         how = f"-tr {self.options.trainer} -p {self.options.plans} -f {' '.join(self.folds(last))}"
         lines.append(f"next: nnUNetv2_predict -d {self.name(last)} -c {self.options.configuration} {how} -i ... -o ...")
@@ -303,11 +306,10 @@ def _check_nnunet(options: Options, preprocessed: Path) -> None:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     file = preprocessed / f"{options.plans}.json"
-    plans = read_json(file, f"run nnUNetv2_plan_and_preprocess -d {options.dataset} first")
+    plans = read_object(file, f"run nnUNetv2_plan_and_preprocess -d {options.dataset} first", "plans_name")
+    check_plans(plans, options.configuration, f"-c {options.configuration}: {file}", "plan again")
     if plans["plans_name"] != options.plans:
         raise InputError(f'{file} has the "plans_name" {plans["plans_name"]}: set it to {options.plans}')
-    if options.configuration not in plans["configurations"]:
-        raise InputError(f"-c {options.configuration}: {file} has {', '.join(plans['configurations'])}")
     configuration = PlansManager(plans).get_configuration(options.configuration)
     if configuration.previous_stage_name is not None:
         raise InputError(f"-c {options.configuration}: the cascade's second stage cannot be self-trained, use another")

@@ -403,6 +403,10 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         """Of the contrasts between voxels."""
         return self.settings.tau_anco
 
+    def classes_temperature(self, progress: float) -> float:
+        """Of the choice of the classes that negatives are drawn from."""
+        return self.settings.tau_classes
+
     def _anatomical_contrast(self, voxels: Voxels, progress: float) -> Tensor:
         s, head = self.settings, self.representation
         chosen, has_queries = draw_voxels(voxels.hard, s.queries)
@@ -413,8 +417,8 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         queries = head.rows(voxels.features, chosen)
         self.diagnostics["share_hard"] = voxels.hard.sum() / voxels.members.sum().clamp(min=1)
         self.diagnostics["share_of_classes_present"] = present.float().mean()
-        tau = self.contrast_temperature(progress)
-        return anatomical_contrast(queries, has_queries, means, candidates, present, tau, s.negatives, s.tau_classes)
+        tau, tau_classes = self.contrast_temperature(progress), self.classes_temperature(progress)
+        return anatomical_contrast(queries, has_queries, means, candidates, present, tau, s.negatives, tau_classes)
 
 
 def class_probabilities(p: Tensor, regions: bool) -> Tensor:

@@ -30,8 +30,8 @@ from nnunetv2_semisup.training.distributed import gather_rows
 
 @dataclass(frozen=True)
 class ACTIONPlusPlusSettings(ACTIONSettings):
-    """ACTION's, and those of the additions. The schedule replaces tau_s, tau_t and tau_anco, which must keep their
-    defaults."""
+    """ACTION's, and those of the additions. The schedule replaces tau_s, tau_t, tau_anco and tau_classes, which must
+    keep their defaults."""
 
     stage_fractions: tuple[float, ...] = setting(
         (0.0, 0.25, 0.75), "paper: joint pre-training, LA 5k + 15k iterations", within="[0, 1]"
@@ -52,7 +52,7 @@ class ACTIONPlusPlusSettings(ACTIONSettings):
     def __post_init__(self):
         super().__post_init__()
         self.require(self.tau_min <= self.tau_max, "tau_min", "at most tau_max")
-        for key in ("tau_s", "tau_t", "tau_anco"):
+        for key in ("tau_s", "tau_t", "tau_anco", "tau_classes"):
             default = type(self).__dataclass_fields__[key].default
             self.require(getattr(self, key) == default, key, "left alone: tau_min and tau_max replace it")
 
@@ -113,6 +113,9 @@ class ACTIONPlusPlus(ACTION):
         return tau, self.settings.teacher_sharpness * tau
 
     def contrast_temperature(self, progress: float) -> float:
+        return self.scheduled_temperature(progress)
+
+    def classes_temperature(self, progress: float) -> float:
         return self.scheduled_temperature(progress)
 
     # ------------------------------------------------------------------------------------ adaptive anatomical contrast

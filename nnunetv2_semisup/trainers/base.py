@@ -79,6 +79,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self.unlabeled_cases: list[str] = []  # -> on_train_start
         self.training_log = TrainingLog()
         self._resumed = False
+        self._is_training = False
         self._steps_in_epoch = 0
         self._overflows_in_a_row = 0
         self._last_save = time()
@@ -261,11 +262,15 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             super().run_training()
         except TrainingFailed:
             raise
-        except RuntimeError:
+        except RuntimeError as error:
             # Ctrl-C reaches the workers too; nnU-Net then reports them as dead.
-            if not self._stop.wanted:
+            if self._stop.wanted:
+                self._save_and_leave()
+            reason = streams.loading_failed(error, self.dataloader_train, self.dataloader_val)
+            if not reason:
                 raise
-            self._save_and_leave()
+            saved = self._save_interrupted_epoch() if self._is_training else ""
+            raise TrainingFailed(f"{reason}. {saved}".rstrip()) from error
         finally:
             self._stop.stop_listening()
             streams.end_augmenters(self.dataloader_train, self.dataloader_val)
@@ -290,6 +295,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self._write_settings()
         self._last_save = time()
         self._stop.listen()
+        self._is_training = True
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
@@ -381,8 +387,11 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if not self.is_supervised:
             self._end_epoch_of_start(row)
         if self.local_rank == 0:
-            self.training_log.write_csv(Path(self.output_folder, "semisup_log.csv"))
-            self.training_log.draw(Path(self.output_folder, "semisup_progress.png"))
+            try:
+                self.training_log.write_csv(Path(self.output_folder, "semisup_log.csv"))
+                self.training_log.draw(Path(self.output_folder, "semisup_progress.png"))
+            except InputError as error:  # the checkpoint, which comes next, is worth more
+                self.print_to_log_file(f"WARNING: {error}")
             for external in self.logger.loggers:
                 for key, value in row.items():
                     external.log(f"semisup/{key}", value, self.current_epoch)
@@ -486,7 +495,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         if not self.was_initialized:
             self.initialize()
-        ours = checkpoints.read_own_part(filename_or_checkpoint, self.base_name())
+        ours = checkpoints.read_own_part(filename_or_checkpoint, self.base_name(), self.num_epochs)
         changed = checkpoints.changed_settings(settings_module.as_json(self.settings), ours["settings"])
         was_started = self._start.started
         try:
@@ -519,17 +528,18 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     def _save_and_leave(self) -> None:
         """Save so that ``--c`` repeats the interrupted epoch, then exit with 128 + the signal's number."""
+        saved = self._save_interrupted_epoch()
+        self.print_to_log_file(f"Stopped by {self._stop.name} in epoch {self.current_epoch}. {saved}")
+        if self._stop.agreed and is_distributed():
+            dist.barrier()  # when one process has left, the others are killed, rank 0 perhaps while it writes
+        sys.exit(self._stop.exit_code)
+
+    def _save_interrupted_epoch(self) -> str:
         self._weights.use_training(self.bare_network)
         self.current_epoch -= 1  # save_checkpoint writes current_epoch + 1
         saved = self._save("checkpoint_latest.pth")
         self.current_epoch += 1
-        self.print_to_log_file(
-            f"Stopped by {self._stop.name} in epoch {self.current_epoch}. {saved} The same command with --c repeats "
-            f"the epoch of the checkpoint and goes on."
-        )
-        if self._stop.agreed and is_distributed():
-            dist.barrier()  # when one process has left, the others are killed, rank 0 perhaps while it writes
-        sys.exit(self._stop.exit_code)
+        return f"{saved} The same command with --c repeats the epoch of the checkpoint and goes on."
 
     def _save(self, name: str) -> str:
         """Save into the output folder; returns a sentence that says so, or that checkpoints are switched off."""

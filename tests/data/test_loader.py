@@ -80,7 +80,17 @@ def test_dataset_has_no_class_locations(dataset):
     assert UnlabeledDataset(dataset.folder).identifiers == cases
     image, mask, previous, properties = unlabeled["un_2"]
     assert image.shape[0] == 2 and mask.shape == (1, *image.shape[1:]) and previous is None
-    assert properties["class_locations"] is None and "spacing" in properties
+    assert properties == {"class_locations": None}
+
+
+@pytest.mark.robustness
+def test_no_pickle_of_an_unlabelled_case_is_opened(dataset):
+    """Input: a properties file (.pkl) of an unlabelled case that would run code. Answer: training never opens it."""
+    preprocess_unlabeled(dataset.name, "nnUNetPlans", "3d_fullres", 1, log=lambda line: None)
+    for file in dataset.folder.glob("*.pkl"):
+        file.write_bytes(b"cos\nabort\n(tR.")
+    image, mask, _, _ = UnlabeledDataset(dataset.folder)["un_2"]
+    assert image[:].shape[1:] == mask[:].shape[1:]
 
 
 # ---------------------------------------------------------------------------------------------------------- the patches

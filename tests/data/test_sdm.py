@@ -43,7 +43,7 @@ def has_both(mask):
     return mask.any() and not mask.all()
 
 
-@settings(deadline=None)
+
 @given(MASKS, SPACINGS)
 def test_equals_the_definition(mask, spacing):
     spacing = spacing[: mask.ndim]
@@ -62,7 +62,7 @@ def test_equals_the_definition(mask, spacing):
     np.testing.assert_allclose(found, truncated, rtol=1e-5, atol=1e-6)
 
 
-@settings(deadline=None)
+
 @given(MASKS, st.sampled_from([0.5, 1.0, 3.0]))
 def test_signs_and_range_on_an_isotropic_grid(mask, size):
     if not has_both(mask):
@@ -72,7 +72,7 @@ def test_signs_and_range_on_an_isotropic_grid(mask, size):
     assert signed.max() == 1 and signed.min() == (-1 if (mask & ~boundary).any() else 0)
 
 
-@settings(deadline=None)
+
 @given(MASKS, SPACINGS, st.integers(0, 2))
 def test_moves_with_the_mask(mask, spacing, axis):
     axis, spacing = min(axis, mask.ndim - 1), spacing[: mask.ndim]
@@ -109,7 +109,7 @@ def test_empty_and_full_masks(full):
         assert np.isnan(signed_distance_map(mask, (1.0, 1.0, 1.0), ignored, empty=empty)).all()
 
 
-@settings(deadline=None)
+
 @given(st.data())
 def test_targets_beside_ignored_voxels_hold_whatever_those_are(data):
     mask = data.draw(MASKS)

@@ -586,7 +586,7 @@ def test_script_with_several_processes_and_the_published_lists(raw, tmp_path):
 
 # --- properties -----------------------------------------------------------------------------------------------------
 
-QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SHAPES = st.tuples(*[st.integers(1, 6)] * 3)
 
 

@@ -138,7 +138,7 @@ def test_files_are_copied_where_links_are_impossible(source, monkeypatch):
         (("4", 504, "2"), {"patient_pattern": "("}, "no regular expression"),
         (("4", 504, "2"), {"patient_pattern": "q"}, "finds no patient in p0_a"),
         (("4", 504, "2"), {"patient_pattern": "p(9)?"}, "finds no patient in p0_a"),
-        (("4", 504, "absent.txt"), {}, "neither a number nor a list"),
+        (("4", 504, "absent.txt"), {}, "give the number of patients that keep their labels"),
         (("4", 504, "2"), {"name": "a/b"}, "--name"),
     ],
 )

@@ -20,7 +20,7 @@ from nnunetv2_semisup.evaluation import folder as module
 from nnunetv2_semisup.evaluation.folder import COLUMNS, evaluate_folder, largest_component, summarize, table
 from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 SPACING = (0.5, 0.75, 2.0)  # x, y, z in mm
 SHAPE = (4, 6, 8)  # z, y, x
 LABELS = {"background": 0, "a": 1, "b": 2}

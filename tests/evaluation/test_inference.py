@@ -15,7 +15,7 @@ from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation import inference as module
 from nnunetv2_semisup.evaluation.inference import LiteraturePredictor, predict_folder, sliding_windows
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 CPU = torch.device("cpu")
 SPACING = (1.0, 1.5, 2.0)  # x, y, z; the plans' spacing is 1, so there is resampling
 DIRECTION = (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0)

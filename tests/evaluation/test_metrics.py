@@ -15,7 +15,7 @@ from scipy.ndimage import binary_erosion, gaussian_filter, generate_binary_struc
 from nnunetv2_semisup.evaluation import metrics
 from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks, surface
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 DISTANCES = METRICS[2:]
 MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=6))
 

@@ -62,7 +62,7 @@ def slow_squared_dice(p, q, smooth):
     return sum(losses) / len(losses)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 4), st.sampled_from([(3, 4), (3, 4, 2)]), st.booleans(), st.integers(0, 99))
 def test_dice_between_predictions(heads, shape, regions, seed):
     torch.manual_seed(seed)

@@ -38,7 +38,7 @@ def test_equal_features_give_log_n(n):
     assert float(pair_distillation(rows, rows)) == pytest.approx(math.log(n), abs=1e-5)
 
 
-@settings(deadline=None)
+
 @given(st.integers(1, 8), st.integers(1, 4))
 def test_scale_and_lower_bound(n, features):
     generator = torch.Generator().manual_seed(n)

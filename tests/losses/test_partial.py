@@ -62,7 +62,7 @@ def slow(logits, label, weight, factors, include_background, batch_dice):
 
 
 @given(st.integers(0, 10**6), st.booleans(), st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_against_a_slow_loop(seed, batch_dice, include_background):
     logits, label = patches(False, seed=seed)
     generator = torch.Generator().manual_seed(seed)

@@ -37,7 +37,7 @@ def slow_dice(student, target, threshold, regions, include_background, smooth):
     return float(sum(losses) / len(losses))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.booleans(),
     st.booleans(),

@@ -23,7 +23,7 @@ def double_sum(queries, weights, prototypes, prototype_weights):
     return torch.stack(distances)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 8), st.integers(1, 6), st.integers(0, 999))
 def test_equals_the_double_sum_with_its_gradients(classes, m, n, seed):
     torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def test_parallel_is_0_and_antiparallel_2(sign, expected):
 
 
 @given(st.floats(1e-3, 1e3), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_only_ratios_of_weights_matter_and_the_range_is_0_to_2(factor, seed):
     torch.manual_seed(seed)
     e, z, w, u = torch.randn(2, 9, 4), torch.randn(2, 5, 4), torch.rand(2, 9), torch.rand(2, 5)

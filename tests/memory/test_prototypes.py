@@ -12,7 +12,7 @@ def contents(memory, k) -> set:
     return {tuple(row.tolist()) for row in memory.rows[k, : int(memory.count[k])]}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(1, 14), st.integers(0, 999))
 def test_keeps_all_or_the_best(sizes, slots, seed):
     """At most 5: all of n <= 5, else exactly the 5 of highest score; n = 0 leaves the class as it is."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nnunetv2_semisup.memory.queue import Queue, random_unit_rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(1, 7), chunks=st.lists(st.lists(st.booleans(), max_size=9), max_size=6), masked=st.booleans())
 def test_the_last_rows_in_ring_order(size, chunks, masked):
     """Chunks of any size, longer than the ring and empty too, with and without skipped rows."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nnunetv2_semisup.memory.sampling import rows_at, sample_positions, sample_rows
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 70))
 def test_all_positions_or_distinct_ones(mask, size):
     mask = torch.tensor(mask)

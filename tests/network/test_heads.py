@@ -19,7 +19,7 @@ def torch_head(head: MLPHead) -> nn.Sequential:
     return nn.Sequential(*layers, activation, copy.deepcopy(head.last))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 40), st.integers(0, 30), st.sampled_from([0.0, 0.2]), st.integers(0, 999))
 def test_equals_torchs_layers_on_the_valid_rows(valid_rows, other_rows, slope, seed):
     torch.manual_seed(seed)

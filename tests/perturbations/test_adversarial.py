@@ -28,7 +28,7 @@ def test_random_directions_are_unit_vectors_of_uniform_noise(shape):
     assert abs(float(many.mean())) < 0.03 and float(many.square().mean()) == pytest.approx(1 / 3, abs=0.01)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(-30, 30), st.sampled_from([1.0, -1.0]), st.booleans(), st.integers(0, 99))
 def test_linear_discrepancy_gives_its_slope(exponent, sign, last, seed):
     """Length 1 whatever scale and sign of the discrepancy and wherever in the batch the sample is."""

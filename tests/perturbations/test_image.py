@@ -50,7 +50,7 @@ def test_bias_field_equals_the_polynomial(shape):
         assert float(field[(sample, 0, *voxel)]) == pytest.approx(np.exp(exponent), rel=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SHAPES, st.integers(0, 1000))
 def test_blur_equals_scipy(shape, seed):
     torch.manual_seed(seed)
@@ -116,7 +116,7 @@ def test_ranges():
     assert 0.1 <= float(view.sigma.min()) < 0.11 and 1.99 < float(view.sigma.max()) <= 2.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SHAPES, st.integers(0, 10**6))
 def test_a_box_is_one_cuboid_inside_the_patch(shape, seed):
     torch.manual_seed(seed)

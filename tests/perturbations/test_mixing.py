@@ -48,7 +48,7 @@ def test_class_masks_keep_half_of_the_classes_present():
     assert set().union(*kept_classes) == {0, 1, 2, 3, 4}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=3), st.fractions(0, 1).filter(bool), st.integers(0, 1000))
 def test_a_shared_box_is_one_cuboid_inside_the_patch(shape, side, seed):
     torch.manual_seed(seed)

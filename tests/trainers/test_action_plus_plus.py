@@ -9,7 +9,7 @@ from test_action import build, state, step_losses
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.labels import class_indices
 from nnunetv2_semisup.network import taps
-from nnunetv2_semisup.trainers import action_plus_plus
+from nnunetv2_semisup.trainers import action, action_plus_plus
 from nnunetv2_semisup.trainers.action_plus_plus import ACTIONPlusPlusSettings
 
 NAME = "nnUNetTrainerACTIONPlusPlus"
@@ -28,6 +28,7 @@ def test_one_period_of_the_temperature_per_stage(tiny):
     ("settings", "message"),
     [
         ({"tau_s": 0.2}, "tau_s = 0.2 .* left alone"),
+        ({"tau_classes": 0.2}, "tau_classes = 0.2 .* left alone"),
         ({"tau_min": 2.0}, "tau_min"),
         ({"lambda_a": -1.0}, "lambda_a"),
         ({"voxel_queue_size": 0}, "voxel_queue_size"),
@@ -36,6 +37,22 @@ def test_one_period_of_the_temperature_per_stage(tiny):
 def test_settings_out_of_range(settings, message):
     with pytest.raises(InputError, match=message):
         ACTIONPlusPlusSettings(**settings)
+
+
+@pytest.mark.parametrize("progress", [0.5, 0.6, 0.625])
+def test_the_schedule_reaches_contrast_and_classes_of_negatives(tiny, progress, monkeypatch):
+    """Both released scripts pass the scheduled temperature to both."""
+    trainer = build(tiny, name=NAME, num_epochs=400)
+    seen = []
+
+    def contrast(*arguments):
+        seen.append((arguments[5], arguments[7]))
+        return arguments[0].sum() * 0
+
+    monkeypatch.setattr(action, "anatomical_contrast", contrast)
+    step_losses(trainer, make_batch(trainer), progress)
+    tau = trainer.method.scheduled_temperature(progress)
+    assert seen == [(tau, tau)] and 0.1 <= tau <= 1
 
 
 def test_centres_need_room(datasets, use):

@@ -3,7 +3,11 @@
 import csv
 import json
 import os
+import resource
+import shutil
 import signal
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_semisup import files
 from nnunetv2_semisup.data.volumes import labelled_volumes
 from nnunetv2_semisup.errors import InputError, TrainingFailed
 from nnunetv2_semisup.trainers.base import MAX_OVERFLOWS_IN_A_ROW
@@ -70,7 +75,7 @@ def test_labelled_stream_is_stock_and_unlabelled_stream_has_no_target(tiny):
     trainer.initialize()
     trainer.unlabeled_cases = trainer._prepare_unlabeled_cases()
     augmenter, validation = trainer.get_dataloaders()
-    assert type(augmenter.data_loader.labelled) is nnUNetDataLoader is type(validation.data_loader)
+    assert type(augmenter.data_loader.loader.labelled) is nnUNetDataLoader is type(validation.data_loader.loader)
     batch = next(augmenter)
     assert set(batch) == {"data", "target", "keys", "unlabelled"} and set(batch["unlabelled"]) == {"data", "keys"}
     assert batch["data"].shape == (2, 1, 16, 16, 16) and batch["unlabelled"]["data"].shape == (3, 1, 16, 16, 16)
@@ -290,6 +295,179 @@ def test_checkpoints_of_others_are_refused(tiny, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="checkpoint_latest.pth cannot be read"):
         tiny.trainer(NAME).load_checkpoint(str(file))
+
+
+def changed_checkpoint(tiny, file, change):
+    trainer = tiny.trainer(NAME)
+    trainer.initialize()
+    trainer.save_checkpoint(str(file))
+    content = torch.load(file, weights_only=False)
+    torch.save(change(content), file)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: [1, 2], "is no checkpoint of nnU-Net"),
+        (lambda content: content | {"semisup": None}, "is a checkpoint of nnUNetTrainerMeanTeacher, .* cannot continue"),
+        (lambda content: content | {"semisup": {"trainer": NAME}}, "is damaged, it lacks settings, method, log"),
+        (lambda content: {"semisup": content["semisup"]}, "is damaged, it lacks network_weights, optimizer_state"),
+        (lambda content: content | {"current_epoch": -5}, "is of epoch -5, this training has 1000"),
+        (lambda content: content | {"current_epoch": 10**9}, "is of epoch 1000000000"),
+        (lambda content: content | {"current_epoch": "3"}, "is of epoch '3'"),
+    ],
+)
+def test_checkpoints_of_another_form_are_refused_in_one_line(tiny, tmp_path, change, message):
+    """Input: a checkpoint that is a list, whose part of ours is null or lacks keys, of epoch -5 or 1e9. Answer: one line
+    that names the file and what is wrong."""
+    file = tmp_path / "checkpoint_latest.pth"
+    changed_checkpoint(tiny, file, change)
+    with pytest.raises(InputError, match=f"checkpoint_latest.pth {message}") as caught:
+        tiny.trainer(NAME).load_checkpoint(str(file))
+    assert "\n" not in str(caught.value)
+
+
+class RunsCode:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+@pytest.mark.robustness
+def test_a_checkpoint_that_would_run_code_is_refused(tiny, tmp_path):
+    """Input: a checkpoint with a pickled call. Answer: it is refused, and nothing of it has run."""
+    file, traces = tmp_path / "checkpoint_latest.pth", tmp_path / "traces"
+    changed_checkpoint(tiny, file, lambda content: content | {"init_args": RunsCode(traces)})
+    with pytest.raises(InputError, match="holds more than tensors and plain values .*open.* could run code"):
+        tiny.trainer(NAME).load_checkpoint(str(file))
+    assert not traces.exists()
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.8])
+def test_a_flipped_bit_in_a_checkpoint_is_found(tiny, tmp_path, place):
+    """Input: a checkpoint with one bit flipped in a tensor. Answer: it is refused, not loaded."""
+    trainer = tiny.trainer(NAME)
+    trainer.initialize()
+    file = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as parts:
+        tensors = [part for part in parts.infolist() if "/data/" in part.filename and part.file_size > 500]
+    part = tensors[int(place * len(tensors))]
+    content[part.header_offset + 200 + part.file_size // 2] ^= 16
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read .*has changed since it was written"):
+        tiny.trainer(NAME).load_checkpoint(str(file))
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("numpy_number", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.arange(3.0)])
+def test_numbers_of_numpy_are_plain_values(tiny, tmp_path, numpy_number):
+    """Input: a checkpoint whose log holds numbers of numpy, as nnU-Net's does. Answer: it is loaded."""
+    file = tmp_path / "checkpoint_latest.pth"
+    changed_checkpoint(tiny, file, lambda content: content | {"more": [numpy_number]})
+    trainer = tiny.trainer(NAME)
+    trainer.load_checkpoint(str(file))
+    assert trainer._resumed
+
+
+def limited(monkeypatch, bytes_free):
+    """Files cannot grow above a size, as on a full disk; the standard library's way to say so to this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_free, before[1]))
+
+    def undo():
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    return undo
+
+
+@pytest.mark.robustness
+def test_a_full_disk_keeps_the_older_checkpoint_and_names_the_file(tiny, tmp_path, monkeypatch):
+    """Input: a disk that fills up while a checkpoint is written. Answer: the older one is whole, one line names the file
+    and the room left, no temporary file stays."""
+    trainer = tiny.trainer(NAME)
+    trainer.initialize()
+    file = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(file))
+    content = file.read_bytes()
+    undo = limited(monkeypatch, 20_000)
+    try:
+        with pytest.raises(InputError, match=r"checkpoint_latest.pth cannot be written \(.* GB are free there\)") as caught:
+            trainer.save_checkpoint(str(file))
+    finally:
+        undo()
+    assert "\n" not in str(caught.value) and file.read_bytes() == content
+    assert [f.name for f in tmp_path.iterdir() if "checkpoint" in f.name] == [file.name]
+
+
+@pytest.mark.robustness
+def test_a_log_that_cannot_be_written_is_a_warning(tiny, monkeypatch):
+    """Input: a log file that cannot be written. Answer: a warning; the checkpoint is written all the same."""
+    trainer = tiny.trainer(NAME, **SHORT)
+    lines = []
+
+    def cannot(file, columns, rows):
+        raise files.cannot_write(file, "No space left on device")
+
+    monkeypatch.setattr(files, "write_csv", cannot)
+    original = trainer.print_to_log_file
+    trainer.print_to_log_file = lambda *args, **kwargs: (lines.append(" ".join(map(str, args))), original(*args, **kwargs))
+    trainer.run_training()
+    assert [line for line in lines if "WARNING" in line and "semisup_log.csv cannot be written" in line]
+    assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("stream", ["labelled", "unlabelled"])
+def test_a_case_that_cannot_be_read_while_training_is_named_and_nothing_is_lost(
+    datasets, use, tmp_path, monkeypatch, workers, stream
+):
+    """Input: a preprocessed file that breaks while training runs. Answer: the weights are saved, and the case is named."""
+    dataset = replace(datasets("2 classes"), root=tmp_path / "copy")
+    shutil.copytree(datasets("2 classes").root, dataset.root)
+    use(dataset)
+    monkeypatch.setenv("nnUNet_n_proc_DA", workers)
+    trainer = dataset.trainer(NAME, **SHORT | {"num_epochs": 50, "num_iterations_per_epoch": 3})
+    end_epoch = trainer.on_epoch_end
+
+    def break_files():
+        end_epoch()
+        folder = dataset.preprocessed / "nnUNetPlans_3d_fullres" if stream == "labelled" else dataset.folder
+        for file in folder.glob("*.b2nd"):
+            file.write_bytes(b"broken")
+
+    trainer.on_epoch_end = break_files
+    with pytest.raises(TrainingFailed, match=r"case (lab|unl)\d.* cannot be loaded .*Saved .*checkpoint_latest.pth"):
+        trainer.run_training()
+    saved = torch.load(Path(trainer.output_folder) / "checkpoint_latest.pth", weights_only=False)
+    assert saved["current_epoch"] == trainer.current_epoch >= 1
+
+
+@pytest.mark.robustness
+def test_a_killed_loader_process_ends_training_saved(tiny, monkeypatch):
+    """Input: kill -9 of a process that loads patches. Answer: the weights are saved, the message says what happened."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+    trainer = tiny.trainer(NAME, **SHORT | {"num_epochs": 50, "num_iterations_per_epoch": 3})
+    end_epoch = trainer.on_epoch_end
+
+    def kill():
+        end_epoch()
+        for process in trainer.dataloader_train._processes:
+            process.kill()
+
+    trainer.on_epoch_end = kill
+    with pytest.raises(TrainingFailed, match=r"that loads patches was killed.*Saved .*checkpoint_latest.pth"):
+        trainer.run_training()
 
 
 def test_an_interrupted_save_leaves_the_older_checkpoint(tiny, tmp_path, monkeypatch):

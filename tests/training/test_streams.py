@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from time import monotonic, sleep
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ class Batches:
 
     def __init__(self, busy: float):
         self.busy = busy
+        self._data = SimpleNamespace(identifiers=[])
 
     def set_thread_id(self, thread_id: int) -> None:
         self.thread_id = thread_id
