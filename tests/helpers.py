@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import resource
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,6 +250,19 @@ def make_batch(trainer, seed: int = 0) -> dict:
     if trainer.method.wants_partners:
         unlabelled["partners"] = torch.randn(drawn, generator=generator)
     return {**labelled, **({} if transform is None else transform(labelled)), "unlabelled": unlabelled}
+
+
+@contextlib.contextmanager
+def full_disk(room: int):
+    """No file of this process can grow above ``room`` bytes: writing fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def run_rank(rank: int, world: int, folder: str, task, *args) -> None:

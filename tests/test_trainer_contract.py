@@ -241,6 +241,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.robustness
 def test_killed_at_an_epochs_end_and_resumed_is_the_uninterrupted_run(name, tiny, monkeypatch):
     """Input: kill between two epochs, then --c, with a seed and no workers. Answer: the same weights, bit for bit."""
     monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda *_: None)  # pictures take most of the time

@@ -43,7 +43,7 @@ from nnunetv2_semisup.data.jobs import submit, worker_pool
 from nnunetv2_semisup.data.headers import Header, differing_axes, read_header, stored_axes, turns_images
 from nnunetv2_semisup.data.reading import read_errors
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import PREPROCESSED, nnunet_folder, read_json, write_json
+from nnunetv2_semisup.files import PREPROCESSED, cannot_write, nnunet_folder, read_json, write_json
 
 MANIFEST_PAUSE = 20  # between two writings of the manifest, as many times as long as the last one took
 MAX_GROWTH = 100  # times as many voxels after resampling; slices of 10 mm to 1 mm are 10
@@ -460,7 +460,10 @@ def _preprocess_case(job: _Job) -> list[str]:
     plans = PlansManager(job.plans)
     configuration = plans.get_configuration(job.configuration)
     preprocessor = _checked(configuration.preprocessor_class, job.axes)(verbose=False)
-    preprocessor.run_case_save(job.output, job.files, None, plans, configuration, job.dataset_json)
+    try:
+        preprocessor.run_case_save(job.output, job.files, None, plans, configuration, job.dataset_json)
+    except (RuntimeError, OSError) as error:  # what is wrong with the image is an InputError by now
+        raise cannot_write(Path(f"{job.output}.b2nd"), " ".join(str(error).split())) from error
     return preprocessor.remarks
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from nnunetv2_semisup.errors import InputError
 
@@ -26,6 +27,7 @@ READ_ERRORS = (
     zlib.error,
     ImageFileError,
     HeaderDataError,
+    WrapStructError,
 )
 
 

@@ -102,13 +102,13 @@ def hide_labels(
     hidden = [case for case in sorted(cases) if case not in set(kept)]
 
     folds = None if patient_pattern else kept_folds(source, sorted(cases), patient_of, kept)
+    headers = {case: read_header(files["images"][0]) for case, files in cases.items()}
+    _check_axes(cases, headers, kept)
     _check_content(source, cases, kept, dataset_json, processes)
     report = (
         f"  {len(kept)} cases of {len(labelled)} patients keep their labels ({how})\n"
         f"  {len(hidden)} cases go to {RAW_FOLDER} without labels"
     )
-    headers = {case: read_header(files["images"][0]) for case, files in cases.items()}
-    _check_axes(cases, headers, kept)
     warnings = _leaks(source, hidden, dataset_json["file_ending"])
     if not turns_images(reader_class(dataset_json, cases).__name__):
         warnings.append(differing_axes({case: header.axes for case, header in headers.items() if header}, kept))

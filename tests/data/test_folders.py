@@ -164,6 +164,7 @@ def entry(**changes):
     return {"images": ["imagesTr/a_0000.nii.gz"], "label": "labelsTr/a.nii.gz", **changes}
 
 
+@pytest.mark.robustness
 @pytest.mark.parametrize(
     "case",
     [
@@ -195,6 +196,7 @@ def test_names_of_people_and_other_scripts_are_plain(case, tmp_path):
     folders.check_dataset_json(GOOD | {"dataset": {case: entry()}}, tmp_path / "dataset.json")
 
 
+@pytest.mark.robustness
 @pytest.mark.parametrize("ending", ["nii.gz", ".nii/../x", "/etc", ".", "..gz", ".nii.gz ", 5, ["nii"], ".p\nth", "*"])
 def test_a_file_ending_is_a_dot_with_letters_and_digits(tmp_path, ending):
     """Input: dataset.json whose file_ending is a path, has no dot, or is no text. Answer: one line that says so."""
@@ -202,6 +204,7 @@ def test_a_file_ending_is_a_dot_with_letters_and_digits(tmp_path, ending):
         folders.check_dataset_json(GOOD | {"file_ending": ending}, tmp_path / "dataset.json")
 
 
+@pytest.mark.robustness
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -224,6 +227,7 @@ def test_a_dataset_json_of_another_form_is_refused_in_one_line(tmp_path, changes
     assert str(tmp_path / "dataset.json") in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.robustness
 @pytest.mark.parametrize("image", ["labelsTr/a.nii.gz", "./imagesTr/../labelsTr/a.nii.gz"])
 def test_a_label_is_no_image_of_another_case(tmp_path, image):
     """Input: dataset.json that names the label of one case as the image of another. Answer: refused, both named."""

@@ -17,6 +17,7 @@ import pytest
 import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from filelock import FileLock
+from helpers import full_disk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -503,6 +504,17 @@ def test_damaged_plans_are_told_in_one_line(dataset, change):
     with pytest.raises(InputError, match=r"nnUNetPlans.json.*run nnUNetv2_plan_and_preprocess -d 508$") as caught:
         run(dataset)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.robustness
+def test_a_full_disk_is_told_and_nothing_half_written_stays(dataset, images):
+    """Input: a disk that fills up while unlabelled images are preprocessed. Answer: one line that names the file and the
+    room left; what is whole is kept, and the same command goes on."""
+    with full_disk(2000), pytest.raises(InputError, match=r"un_0.b2nd cannot be written \(.*GB are free there\)") as caught:
+        run(dataset)
+    assert "\n" not in str(caught.value) and not list(dataset.folder.glob("*"))
+    assert run(dataset) == CASES
+    assert_state(dataset, CASES, images)
 
 
 @pytest.mark.robustness

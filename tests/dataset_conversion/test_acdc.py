@@ -313,3 +313,12 @@ def test_real_packages(nnunet_raw, tmp_path, monkeypatch):
 def test_all_real_packages(nnunet_raw, tmp_path, monkeypatch):
     roles = {name: lists.read_list(lists.LISTS / f"acdc_{name}.txt") for name in ("train", "val")}
     convert_real(nnunet_raw, tmp_path, monkeypatch, {**roles, "test": []}, "all")
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b""])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_info_written_by_an_editor_of_windows(tmp_path, start, end):
+    """Input: Info.cfg with a byte-order mark or Windows' line ends. Answer: it is read."""
+    (tmp_path / "Info.cfg").write_bytes(start + end.join([b"ED: 1", b"ES: 12", b"Group: DCM"]))
+    assert acdc.read_info(tmp_path / "Info.cfg") == {"ED": "1", "ES": "12", "Group": "DCM"}

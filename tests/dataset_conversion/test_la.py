@@ -709,3 +709,34 @@ def test_files_as_published(raw, tmp_path, monkeypatch):
                 np.testing.assert_array_equal(
                     read_nifti(raw / f"Dataset508_LA/{labels}/{case}.nii.gz")[0], file["label"]
                 )
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("link", "'image' is a link to another file; put the values into this one"),
+        ("storage", "'image' has its values in another file"),
+        ("virtual", "'image' has its values in another file"),
+        ("claim", r"'image' claims 256 GiB and 0 bytes are there"),
+    ],
+)
+def test_values_that_are_not_in_the_file(tmp_path, kind, message):
+    """Input: an h5 file whose values lie in another file, or that claims 256 GB in 2 kB. Answer: one line that says so."""
+    (tmp_path / "case").mkdir()
+    with h5py.File(tmp_path / "secret.h5", "w") as other:
+        other["image"] = np.arange(60.0).reshape(3, 4, 5)
+    (tmp_path / "secret.raw").write_bytes(bytes(480))
+    with h5py.File(tmp_path / "case" / "mri_norm2.h5", "w") as file:
+        if kind == "link":
+            file["image"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "image")
+        elif kind == "storage":
+            file.create_dataset("image", (3, 4, 5), "f8", external=[(str(tmp_path / "secret.raw"), 0, 480)])
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout((3, 4, 5), "f8")
+            layout[:] = h5py.VirtualSource(str(tmp_path / "secret.h5"), "image", (3, 4, 5))
+            file.create_virtual_dataset("image", layout)
+        else:
+            file.create_dataset("image", (4096, 4096, 4096), "f4", chunks=(64, 64, 64), compression="gzip")
+    with pytest.raises(InputError, match=rf"mri_norm2.h5: {message}"):
+        la.read_h5_case(tmp_path / "case", False, (1, 1, 1))

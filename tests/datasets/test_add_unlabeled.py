@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from dicom_series import make_ct, write_series
 from filelock import FileLock
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_semisup import cli
@@ -381,3 +384,141 @@ def test_3d_tiff_with_far_voxel_size_in_side_file_is_told(tiff_dataset, tmp_path
     """Input: a 3D TIFF whose CASE.json has five times the labelled voxel size. Answer: a warning that names it."""
     write_tiff(tmp_path / "new" / "new0_0000.tif", {"spacing": [30, 1, 1]}, seed=1)
     assert "above twice that of the labelled images: new0" in add_unlabeled("6", tmp_path / "new")
+
+
+def use_reader(dataset, name):
+    content = json.loads((dataset / "dataset.json").read_text())
+    (dataset / "dataset.json").write_text(json.dumps({**content, "overwrite_image_reader_writer": name}))
+
+
+def write_nifti(path, array, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, 1, 1, 1]) if affine is None else affine), path)
+
+
+def noise(*shape, seed=7):
+    return np.random.default_rng(seed).normal(0, 50, shape).astype(np.float32)
+
+
+SHEARED = np.array([[-1, 0.2, 0, 0], [0, -1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
+
+
+@pytest.mark.robustness
+def test_sheared_nifti_of_a_data_set_that_nibabel_reads(dataset, tmp_path):
+    """Input: NIfTI with sheared axes, in a data set read by NibabelIO. Answer: taken as it is; a double is recognised."""
+    use_reader(dataset, "NibabelIO")
+    write_nifti(tmp_path / "new" / "x.nii.gz", noise(5, 6, 7), SHEARED)
+    write_nifti(tmp_path / "new" / "y.nii.gz", noise(5, 6, 7), SHEARED)
+    report = add_unlabeled("5", tmp_path / "new")
+    assert added(dataset) == ["x_0000.nii.gz"] and "y = x" in report
+    image, _ = NibabelIO().read_images([str(dataset / "imagesUn" / "x_0000.nii.gz")])
+    np.testing.assert_array_equal(image[0].T, noise(5, 6, 7))
+    write_nifti(tmp_path / "new" / "z.nii.gz", noise(5, 6, 7, seed=1), np.diag([-1, 1, 1, 1]) @ SHEARED)
+    with pytest.raises(InputError, match="z.nii.gz: its axes are .* not at right angles, so it cannot be turned"):
+        add_unlabeled("5", tmp_path / "new", reorient=True)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+@pytest.mark.parametrize("axes", ["RAS", "ASL"])
+def test_mixed_orientations_of_a_data_set_whose_reader_turns_images(dataset, tmp_path, reader, axes):
+    """Input: images of other orientation, in a data set whose reader turns them. Answer: they are taken."""
+    use_reader(dataset, reader)
+    write(tmp_path / "new" / "x.nii.gz", sitk.DICOMOrient(make_ct(20), axes))
+    assert "1 cases brought in" in add_unlabeled("5", tmp_path / "new") and added(dataset) == ["x_0000.nii.gz"]
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("shape", [(9, 8), (1, 9, 8)])
+def test_flat_nifti_of_a_flat_data_set(nnunet_raw, tmp_path, shape):
+    """Input: 2D NIfTI, stored with two axes or with one more of length 1. Answer: taken where the labelled ones are so."""
+    dataset = nnunet_raw / "Dataset005_Flat"
+    write_nifti(dataset / "imagesTr" / "a_0000.nii.gz", noise(*shape, seed=0))
+    content = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
+    (dataset / "dataset.json").write_text(json.dumps({**content, "numTraining": 1}))
+    write_nifti(tmp_path / "new" / "b.nii.gz", noise(*shape, seed=1))
+    assert "1 cases brought in" in add_unlabeled("5", tmp_path / "new") and added(dataset) == ["b_0000.nii.gz"]
+
+
+@pytest.mark.robustness
+def test_channels_in_one_4d_file(nnunet_raw, tmp_path):
+    """Input: both channels in one 4D file, as the labelled cases have them. Answer: taken; three channels are refused."""
+    dataset = nnunet_raw / "Dataset005_Four"
+    write_nifti(dataset / "imagesTr" / "a_0000.nii.gz", noise(5, 6, 7, 2, seed=0))
+    content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
+    (dataset / "dataset.json").write_text(json.dumps({**content, "numTraining": 1}))
+    write_nifti(tmp_path / "new" / "b.nii.gz", noise(5, 6, 7, 2, seed=1))
+    assert "1 cases brought in" in add_unlabeled("5", tmp_path / "new") and added(dataset) == ["b_0000.nii.gz"]
+    assert SimpleITKIO().read_images([str(dataset / "imagesUn" / "b_0000.nii.gz")])[0].shape == (2, 7, 6, 5)
+    write_nifti(tmp_path / "new" / "c.nii.gz", noise(5, 6, 7, 3, seed=2))
+    with pytest.raises(InputError, match="c.nii.gz: it has 3 channels, dataset.json declares 2"):
+        add_unlabeled("5", tmp_path / "new")
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda new: write(new / "x.nii.gz", make_ct(20)[:, :, 2]), "x.nii.gz: an image of 2 axes, the labelled ones .* 3"),
+        (lambda new: write(new / "x.mha", make_ct(20) * 0), "x.mha: every voxel is 0: it shows nothing"),
+        (lambda new: write(new / "x.mha", sitk.Cast(make_ct(20), sitk.sitkFloat32) * 1e35), "x.mha: it has values up to"),
+        (lambda new: write(new / "x.nii.gz", sitk.Cast(make_ct(20), sitk.sitkComplexFloat32)), "x.nii.gz: .*complex"),
+        (lambda new: os.mkfifo(new / "x.nii.gz"), "x.nii.gz is a pipe, socket or device and no file; move it away"),
+        (lambda new: os.mkfifo(new / "notes"), "notes is a pipe"),
+        (lambda new: (new / "x.mhd").write_text(MHD), "x.mhd: .*takes its voxels from ../secret.raw, outside its folder"),
+        (lambda new: (new / os.fsdecode(b"x\xff.nii.gz")).write_bytes(b""), r"x\\udcff.nii.gz': its name is no UTF-8"),
+    ],
+)
+def test_hostile_images(make, match, dataset, tmp_path):
+    """Input: a slice among volumes, an image of one value, of 1e38, of complex numbers, a pipe, a header that takes its
+    voxels from elsewhere, a name that is no UTF-8. Answer: one line that names it, nothing brought in."""
+    (tmp_path / "new").mkdir()
+    make(tmp_path / "new")
+    with pytest.raises(InputError, match=match) as caught:
+        add_unlabeled("5", tmp_path / "new")
+    assert "\n" not in str(caught.value) and added(dataset) == []
+
+
+MHD = "ObjectType = Image\nNDims = 3\nDimSize = 3 4 5\nElementType = MET_UCHAR\nElementDataFile = ../secret.raw\n"
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(("channels", "told"), [(4, r"4 channels \(the fourth is transparency, save it without\)"), (1, "1 channels")])
+def test_photographs_with_other_channels(nnunet_raw, tmp_path, channels, told):
+    """Input: an RGBA or grey PNG in a data set of RGB ones. Answer: the error names file, channels and transparency."""
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 8, 4)).astype(np.uint8)
+    dataset = nnunet_raw / "Dataset005_Photo"
+    write(dataset / "imagesTr" / "a_0000.png", sitk.GetImageFromArray(pixels[..., :3], isVector=True))
+    content = {"channel_names": dict(zip("012", "RGB", strict=True)), "labels": {"background": 0, "x": 1}}
+    (dataset / "dataset.json").write_text(json.dumps({**content, "numTraining": 1, "file_ending": ".png"}))
+    new = pixels if channels == 4 else pixels[..., 0]
+    write(tmp_path / "new" / "b.png", sitk.GetImageFromArray(new, isVector=channels == 4))
+    with pytest.raises(InputError, match=f"b.png: it has {told}, dataset.json declares 3"):
+        add_unlabeled("5", tmp_path / "new")
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("content", ["[]", '"x"', "{"])
+def test_a_record_of_another_form_is_told(dataset, tmp_path, content):
+    """Input: added_unlabeled.json that is a list or cut off. Answer: one line that names it."""
+    (dataset / "added_unlabeled.json").write_text(content)
+    write(tmp_path / "new" / "x.nrrd", make_ct(20))
+    with pytest.raises(InputError, match="added_unlabeled.json is not .*: repair or remove it"):
+        add_unlabeled("5", tmp_path / "new")
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("name", ["5", "Dataset005_CT/", "Dataset005_CT"])
+def test_a_data_set_may_be_named_with_a_slash(dataset, tmp_path, name):
+    """Input: -d Dataset005_CT/, as shells complete it. Answer: the data set is found."""
+    write(tmp_path / "new" / "x.nrrd", make_ct(20))
+    assert "1 cases" in add_unlabeled(name, tmp_path / "new", dry_run=True)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(("value", "hint"), [('"{}"', "without quotes"), ("~/nowhere", "and ~"), ("{}/typo", "create it or")])
+def test_a_folder_variable_that_is_mistyped(dataset, tmp_path, monkeypatch, value, hint):
+    """Input: nnUNet_raw with quotes, with ~, or mistyped. Answer: the error says that the folder itself is missing."""
+    monkeypatch.setenv("nnUNet_raw", value.format(dataset.parent))
+    with pytest.raises(InputError, match=f"nnUNet_raw is .*, which is not a folder: .*{hint}"):
+        add_unlabeled("5", tmp_path, dry_run=True)

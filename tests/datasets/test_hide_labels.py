@@ -4,6 +4,8 @@ import gzip
 import itertools
 import json
 import os
+import random
+import shutil
 
 import nibabel
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from nnunetv2_semisup import cli
 from nnunetv2_semisup.data.folders import find_unlabeled_cases
+from nnunetv2_semisup.data.splits import make_splits
 from nnunetv2_semisup.datasets import hide_labels as module
 from nnunetv2_semisup.datasets.hide_labels import choose_stratified, hide_labels
 from nnunetv2_semisup.errors import InputError
@@ -436,3 +439,131 @@ def test_readers_that_turn_images_need_no_warning(source):
     content["overwrite_image_reader_writer"] = "SimpleITKIOWithReorient"
     (source / "dataset.json").write_text(json.dumps(content))
     assert "WARNING" not in hide_labels("4", 504, "5", dry_run=True)
+
+
+def patient_folds() -> list[dict]:
+    """Three folds that keep both cases of a patient on one side; none that nnU-Net would make."""
+    left_out = [("p0", "p1"), ("p2", "p3"), ("p4", "p5")]
+    return [
+        {"train": [c for c in CASES if c[:2] not in out], "val": [c for c in CASES if c[:2] in out]} for out in left_out
+    ]
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("place", ["raw", "preprocessed"])
+@pytest.mark.parametrize("unlabeled", [False, True])
+def test_folds_of_the_source_are_kept(source, tmp_path, place, unlabeled):
+    """Input: a source with a splits_final.json of its own. Answer: its folds, restricted to the cases that keep labels."""
+    folds = patient_folds()
+    if unlabeled:
+        folds[1]["unlabeled"] = ["u1"]
+    folder = source if place == "raw" else tmp_path / "nnUNet_preprocessed" / source.name
+    folder.mkdir(exist_ok=True)
+    (folder / "splits_final.json").write_text(json.dumps(folds))
+    hide_labels("4", 504, write_cases(tmp_path, "p1", "p2", "p5"))
+    target = source.with_name("Dataset504_Many")
+    new = json.loads((target / "splits_final.json").read_text())
+    kept = cases_in(target / "labelsTr")
+    assert [fold["val"] for fold in new] == [[f"{p}_a", f"{p}_b"] for p in ("p1", "p2", "p5")]
+    assert all(set(fold["train"]) | set(fold["val"]) == kept for fold in new)
+    assert ["unlabeled" in fold for fold in new] == [False, unlabeled, False]
+    if unlabeled:
+        assert set(new[1]["unlabeled"]) == {"u1"} | (set(CASES) - kept)
+
+
+@pytest.mark.robustness
+def test_a_fold_that_would_be_empty_is_refused_with_the_remedy(source, tmp_path):
+    """Input: a source with folds of its own of which one would have no case left. Answer: an error that says what to do."""
+    (source / "splits_final.json").write_text(json.dumps(patient_folds()))
+    with pytest.raises(InputError, match=r"splits_final.json: fold 2 would have no case left to validate on.*--patient_"):
+        hide_labels("4", 504, write_cases(tmp_path, "p0", "p2"))
+    hide_labels("4", 504, write_cases(tmp_path, "p0", "p2"), patient_pattern=r"p\d")
+    new = json.loads((source.with_name("Dataset504_Many") / "splits_final.json").read_text())
+    assert [fold["val"] for fold in new] == [["p0_a", "p0_b"], ["p2_a", "p2_b"]]
+
+
+def write_cases(folder, *patients) -> str:
+    file = folder / "cases.txt"
+    file.write_text("\n".join(case for case in CASES if case[:2] in patients))
+    return str(file)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("groups", [None, {case: case[:2] for case in CASES}])
+def test_folds_that_anyone_would_make_are_made_anew(source, tmp_path, groups):
+    """Input: a source whose folds are nnU-Net's or our converters' own. Answer: new ones for the cases that are left."""
+    if groups:
+        change_json(source, patients=groups)
+    (source / "splits_final.json").write_text(json.dumps(make_splits(CASES, groups)))
+    hide_labels("4", 504, write_cases(tmp_path, "p0", "p2"))
+    new = json.loads((source.with_name("Dataset504_Many") / "splits_final.json").read_text())
+    assert len(new) == (2 if groups else 4)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        ({}, "must be a list of folds"),
+        ([{"train": ["p0_a"]}], 'fold 0 must have "val", a list of case names'),
+        ([{"train": "p0_a", "val": []}], 'fold 0 must have "train"'),
+        ([{"train": ["p0_a"], "val": ["gone"]}], '"val" of fold 0 names cases that are not there: gone'),
+    ],
+)
+def test_damaged_folds_of_the_source(source, folds, message):
+    """Input: a splits_final.json of another form, or with names that do not exist. Answer: one line that names them."""
+    (source / "splits_final.json").write_text(json.dumps(folds))
+    with pytest.raises(InputError, match=f"splits_final.json.*{message}") as caught:
+        hide_labels("4", 504, "3")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("what", ["images", "label"])
+def test_listed_files_of_another_ending_are_refused(source, what):
+    """Input: dataset.json lists .mha files in a data set of .nrrd files. Answer: an error that names one, no renaming."""
+    entry = {"images": [f"imagesTr/p0_a_000{c}.nrrd" for c in (0, 1)], "label": "labelsTr/p0_a.nrrd"}
+    name = "imagesTr/p0_a_0001" if what == "images" else "labelsTr/p0_a"
+    write(source / f"{name}.mha", np.ones((3, 4, 5), np.uint8))
+    entry = {key: json.loads(json.dumps(value).replace(f"{name}.nrrd", f"{name}.mha")) for key, value in entry.items()}
+    change_json(source, dataset={"p0_a": entry})
+    with pytest.raises(InputError, match=rf"{name}.mha: dataset.json's file_ending is .nrrd; convert"):
+        hide_labels("4", 504, "1")
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("part", ["labelsVal", "labelsTs"])
+def test_labels_of_hidden_cases_in_other_parts_are_told(source, part):
+    """Input: labelsVal or labelsTs hold the label of a case that is hidden. Answer: a warning that names the case."""
+    (source / part).mkdir(exist_ok=True)
+    for case in CASES:
+        shutil.copy(source / "labelsTr" / f"{case}.nrrd", source / part)
+    report = hide_labels("4", 504, "11", dry_run=True)
+    assert f"WARNING: {part} has labels of 1 cases that are hidden (p" in report and "transductive" in report
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_slice_among_volumes_is_refused(source, hidden):
+    """Input: a 2D image in a 3D data set, labelled or to be hidden. Answer: an error that names it."""
+    seed = next(s for s in range(99) if ("p3_a" in random.Random(s).sample(CASES, 11)) != hidden)
+    for file in source.glob("imagesTr/p3_a_*"):
+        write(file, np.ones((4, 5), np.float32))
+    with pytest.raises(InputError, match="p3_a_0000.nrrd: an image of 2 axes, the labelled ones have 3"):
+        hide_labels("4", 504, "11", seed=seed)
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("part", ["imagesTs", "labelsTs"])
+def test_a_folder_among_images_is_called_a_folder(source, part):
+    """Input: a folder imagesTs/old. Answer: an error that calls it a folder."""
+    (source / part / "old").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"{part}/old is a folder: {part} holds files only; move it away"):
+        hide_labels("4", 504, "11")
+
+
+@pytest.mark.robustness
+def test_all_is_no_number_of_patients(source):
+    """Input: hide_labels --labeled all. Answer: the error says what to give."""
+    with pytest.raises(InputError, match="--labeled all: give the number of patients that keep their labels, or a text"):
+        hide_labels("4", 504, "all")

@@ -303,3 +303,31 @@ def test_remedies_fit_the_fault(tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.full((4, 5, 6), np.nan, np.float32), np.eye(4)), tmp_path / "n.nii")
     with pytest.raises(InputError, match="n.nii has NaN or infinite values; replace them"):
         images.read_image(tmp_path / "n.nii")
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    ("tag", "value", "what"),
+    [
+        ("0020|0037", "0\\1\\0\\0\\0\\-1", "orientation"),
+        ("0028|0030", "2.\\2.", "pixel spacing"),
+        ("0020|0037", "1\\0\\0\\0\\1\\0", "orientation"),
+    ],
+)
+@pytest.mark.parametrize("index", [0, 3])
+def test_a_dicom_slice_of_another_grid_is_named(tmp_path, tag, value, what, index):
+    """Input: a DICOM series with one slice of another orientation or pixel spacing. Answer: an error that names a slice."""
+    write_series(tmp_path, make_ct(3), "P1")
+    [slices] = images.find_series(images.walk(tmp_path)).values()
+    piece = sitk.ReadImage(str(slices[index]))
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for key in ("0020|0032", "0020|0037", "0008|0018", "0020|000e", "0010|0020", "0020|0013", "0028|1052", "0028|1053"):
+        piece.SetMetaData(key, piece.GetMetaData(key))
+    piece.SetMetaData(tag, value)
+    if tag == "0028|0030":
+        piece.SetSpacing((2.0, 2.0, piece.GetSpacing()[2]))
+    writer.SetFileName(str(slices[index]))
+    writer.Execute(piece)
+    with pytest.raises(InputError, match=rf"\.dcm: its {what} is another than that of .*\.dcm, and yet both are of one"):
+        images.read_series(slices)

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import shutil
 import signal
 import zipfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_batch
+from helpers import full_disk, make_batch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -377,21 +376,8 @@ def test_numbers_of_numpy_are_plain_values(tiny, tmp_path, numpy_number):
     assert trainer._resumed
 
 
-def limited(monkeypatch, bytes_free):
-    """Files cannot grow above a size, as on a full disk; the standard library's way to say so to this process."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_free, before[1]))
-
-    def undo():
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-    return undo
-
-
 @pytest.mark.robustness
-def test_a_full_disk_keeps_the_older_checkpoint_and_names_the_file(tiny, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_older_checkpoint_and_names_the_file(tiny, tmp_path):
     """Input: a disk that fills up while a checkpoint is written. Answer: the older one is whole, one line names the file
     and the room left, no temporary file stays."""
     trainer = tiny.trainer(NAME)
@@ -399,12 +385,9 @@ def test_a_full_disk_keeps_the_older_checkpoint_and_names_the_file(tiny, tmp_pat
     file = tmp_path / "checkpoint_latest.pth"
     trainer.save_checkpoint(str(file))
     content = file.read_bytes()
-    undo = limited(monkeypatch, 20_000)
-    try:
-        with pytest.raises(InputError, match=r"checkpoint_latest.pth cannot be written \(.* GB are free there\)") as caught:
-            trainer.save_checkpoint(str(file))
-    finally:
-        undo()
+    message = r"checkpoint_latest.pth cannot be written \(.* GB are free there\)"
+    with full_disk(20_000), pytest.raises(InputError, match=message) as caught:
+        trainer.save_checkpoint(str(file))
     assert "\n" not in str(caught.value) and file.read_bytes() == content
     assert [f.name for f in tmp_path.iterdir() if "checkpoint" in f.name] == [file.name]
 
@@ -527,6 +510,27 @@ def test_fewer_than_five_cases_get_folds(datasets, use, tmp_path):
     assert sorted([*train, *validation]) == ["lab0", "lab1"] and len(validation) == 1
     splits = json.loads((dataset.preprocessed / "splits_final.json").read_text())
     assert len(splits) == 2
+
+
+@pytest.mark.robustness
+def test_a_fold_that_names_cases_that_are_not_there(use, tmp_path):
+    """Input: splits_final.json names a case that is not preprocessed. Answer: one line that names it, before training."""
+    dataset = use(make_dataset(tmp_path / "data", LABELS["2 classes"]))
+    folds = [{"train": ["lab0", "gone"], "val": ["lab1"]}, {"train": ["lab0"], "val": ["lab1"]}]
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps(folds))
+    with pytest.raises(InputError, match='splits_final.json: "train" of fold 0 names cases that are not there: gone'):
+        dataset.trainer(NAME, fold=0).do_split()
+    assert dataset.trainer(NAME, fold=1).do_split() == (["lab0"], ["lab1"])
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(("key", "value"), [("spacing", [0, 1, 1]), ("spacing", None), ("preprocessor_name", "Nothing")])
+def test_damaged_plans_are_told_before_nnunet_looks_at_them(tiny, key, value):
+    """Input: plans with a spacing of 0 or without, or an unknown preprocessor. Answer: one line, at the trainer's start."""
+    plans = tiny.plans
+    plans["configurations"]["3d_fullres"][key] = value
+    with pytest.raises(InputError, match="plans nnUNetPlans: configuration 3d_fullres .*plan again"):
+        tiny.trainer(NAME, plans=plans)
 
 
 def test_a_fold_may_name_its_unlabelled_cases(use, tmp_path):
