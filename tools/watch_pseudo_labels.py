@@ -1,8 +1,9 @@
 """Pseudo-labels against the hidden truth, epoch by epoch: trains, and predicts some unlabelled cases as it goes.
 
     python -m tools.watch_pseudo_labels DATASET -tr nnUNetTrainerPasteMatch -p small -c 2d --truth LABELS -o OUT
+    python -m tools.watch_pseudo_labels --demo -tr nnUNetTrainerPasteMatch_10epochs -o OUT
 
-Nothing of the truth reaches the training. OUT gets ``pseudo_labels.csv`` (Dice of student and teacher, share of voxels
+The second line makes the demo's data, whose images may be shown. Nothing of the truth reaches the training. OUT gets ``pseudo_labels.csv`` (Dice of student and teacher, share of voxels
 that the method's thresholds keep and their accuracy, by class, means over cases) and ``pseudo_labels.png``, which shows
 image data: mind its terms before you pass it on.
 """
@@ -12,11 +13,14 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import SimpleITK as sitk
 import torch
 from torch import nn
 
@@ -149,20 +153,62 @@ def draw(file: Path, cases: list[Case], epochs: list[int]) -> None:
     figure.savefig(file, dpi=110)
 
 
+def make_demo(folder: Path) -> tuple[str, str, Path]:
+    """The demo's data in ``folder``, planned and preprocessed, and the truth of its unlabelled cases, which is hidden there.
+
+    Returns:
+        Name of the data set, name of the plans, folder of the hidden labels.
+    """
+    from nnunetv2_semisup.demo import data, run
+
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (folder / variable).mkdir()
+        os.environ[variable] = str(folder / variable)
+    raw, truth = folder / "nnUNet_raw" / run.DATASET, folder / "truth"
+    run.make_dataset(raw)
+    truth.mkdir()
+    for file in (raw / "imagesUn").glob("*.nii.gz"):
+        name = file.name.removesuffix("_0000.nii.gz")
+        label = sitk.GetImageFromArray(data.make_case(int(name[2:]))[1])
+        label.CopyInformation(sitk.ReadImage(str(file)))
+        sitk.WriteImage(label, str(truth / f"{name}.nii.gz"))
+    for command in (
+        "nnUNetv2_plan_and_preprocess -d 990 -c 3d_fullres --no_pp -npfp 1",
+        f"nnUNetv2_semisup_plans -d 990 -o {run.PLANS} --preset cpu",
+        f"nnUNetv2_preprocess -d 990 -plans_name {run.PLANS} -c 3d_fullres -np 1",
+    ):
+        if "preprocess -d 990 -plans_name" in command:
+            run.shrink_patch(folder / "nnUNet_preprocessed" / run.DATASET / f"{run.PLANS}.json")
+        program, *arguments = command.split()
+        subprocess.run([str(Path(sys.executable).parent / program), *arguments], check=True)
+    return run.DATASET, run.PLANS, truth
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("dataset", help="full name, e.g. Dataset704_Hippocampus, preprocessed")
+    add("dataset", nargs="?", help="full name, e.g. Dataset704_Hippocampus, preprocessed")
+    add("--demo", action="store_true", help="make and use the demo's data instead")
     add("-tr", default="nnUNetTrainerPasteMatch", help="with its number of epochs (default: %(default)s)")
     add("-p", default="nnUNetPlans")
     add("-c", default="3d_fullres")
     add("-device", default="cpu")
-    add("--truth", type=Path, required=True, help="folder with the labels of unlabelled cases")
+    add("--truth", type=Path, help="folder with the labels of unlabelled cases")
     add("--cases", type=int, default=4)
     add("--seed", type=int, default=0)
     add("-o", dest="output", type=Path, required=True)
     given = parser.parse_args()
+    if given.demo:
+        with tempfile.TemporaryDirectory() as folder:
+            given.dataset, given.p, given.truth = make_demo(Path(folder))
+            return watch_training(given)
+    if given.dataset is None or given.truth is None:
+        parser.error("give a data set and --truth, or --demo")
+    return watch_training(given)
 
+
+def watch_training(given: argparse.Namespace) -> int:
+    """Train as the arguments say, and write the table and the picture."""
     from matplotlib import style
     from nnunetv2.run.run_training import get_trainer_from_args
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import full_disk, make_batch
+from helpers import LABELS, full_disk, make_batch, make_dataset
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -501,8 +501,6 @@ def test_two_runs_with_a_seed_are_equal(tiny):
 
 
 def test_fewer_than_five_cases_get_folds(datasets, use, tmp_path):
-    from helpers import LABELS, make_dataset
-
     dataset = use(make_dataset(tmp_path / "few", LABELS["2 classes"], labelled=2, unlabelled=1))
     trainer = dataset.trainer(NAME, fold=0)
     trainer.initialize()
@@ -534,8 +532,6 @@ def test_damaged_plans_are_told_before_nnunet_looks_at_them(tiny, key, value):
 
 
 def test_a_fold_may_name_its_unlabelled_cases(use, tmp_path):
-    from helpers import LABELS, make_dataset
-
     dataset = use(make_dataset(tmp_path / "own", LABELS["2 classes"], labelled=2, unlabelled=3))
     split = [{"train": ["lab0"], "val": ["lab1"], "unlabeled": ["unl2"]}]
     (dataset.preprocessed / "splits_final.json").write_text(json.dumps(split))
