@@ -25,6 +25,14 @@ def sample_positions(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return positions.clamp(max=mask.numel() - 1), slots < count
 
 
+def random_choice(number: int, size: int, device: torch.device) -> Tensor:
+    """(size,) int64: as many of 0 to number - 1, each at most once, in random order.
+
+    Not ``randperm``, which a GPU makes the host wait for.
+    """
+    return torch.rand(number, device=device).argsort()[:size]
+
+
 def rows_at(rows: Tensor, positions: Tensor) -> Tensor:
     """(*positions.shape, F): ``rows`` (N, F) at ``positions`` int64.
 

@@ -19,6 +19,7 @@ from nnunetv2_semisup.losses.consistency import agreement, decide, mean_squared_
 from nnunetv2_semisup.losses.contrastive import share_matched, symmetric_info_nce
 from nnunetv2_semisup.losses.pair_distillation import pair_distillation, voxel_vectors
 from nnunetv2_semisup.losses.signed_distance import mean_squared_error_where_known
+from nnunetv2_semisup.memory.sampling import random_choice
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.heads import SignedDistanceHead, SliceProjection
 from nnunetv2_semisup.network.teacher import MovingAverage, Teacher
@@ -191,12 +192,12 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
         if s.sdm_fusion == "union":
             student_sdm, teacher_sdm = student_sdm.amin(1, keepdim=True), teacher_sdm.amin(1, keepdim=True)
         elif self.classes > s.max_classes:
-            drawn = torch.randperm(self.classes, device=images.device)[: s.max_classes]
+            drawn = random_choice(self.classes, s.max_classes, images.device)
             student_sdm, teacher_sdm = student_sdm[:, drawn], teacher_sdm[:, drawn]
         image = images.mean(1, keepdim=True)
         student, teacher = self._slices(image + student_sdm), self._slices(image + teacher_sdm)
         if s.num_slices is not None and s.num_slices < student.shape[1]:
-            drawn = torch.randperm(student.shape[1], device=images.device)[: s.num_slices]
+            drawn = random_choice(student.shape[1], s.num_slices, images.device)
             student, teacher = student[:, drawn], teacher[:, drawn]
         student = self.heads["projection"](student)
         with torch.no_grad():
