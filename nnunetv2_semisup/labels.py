@@ -28,7 +28,7 @@ def class_masks(
     """(B, K, X, Y, Z) bool: the known voxels of each of K classes; with regions their indices, from 0."""
     target, known = _full_resolution(target), known_voxels(target, has_regions, ignore_label)
     if has_regions:
-        return target[:, list(classes)].bool() & known[:, None]
+        return torch.stack([target[:, index].bool() for index in classes], 1) & known[:, None]  # no index on the host
     return torch.stack([target[:, 0] == value for value in classes], 1) & known[:, None]
 
 
