@@ -14,7 +14,6 @@ import SimpleITK as sitk
 from nnunetv2_semisup.data.reading import damaged, read_errors
 from nnunetv2_semisup.errors import InputError
 
-
 MAX_COMPRESSION = 1100  # deflate makes at most 1032 bytes of one
 
 

@@ -91,7 +91,10 @@ def test_plans(data, copy):
 @few
 @given(data=st.data())
 def test_manifest(data, copy):
-    good = {"plans": "x", "cases": {"unl0": {"images": [["unl0_0000.nii.gz", 1, 2]], "sizes": [1, 2, 3], "axes": "LPS"}}}
+    good = {
+        "plans": "x",
+        "cases": {"unl0": {"images": [["unl0_0000.nii.gz", 1, 2]], "sizes": [1, 2, 3], "axes": "LPS"}},
+    }
     path = data.draw(st.sampled_from(nested_keys(good)))
     content = data.draw(JSON | JSON.map(lambda value: replaced(good, path, value)))
     task = preprocess._read_task(copy.name, "nnUNetPlans", "3d_fullres")
@@ -120,9 +123,52 @@ def test_nifti_header(flips, length, by_nibabel, tmp_path):
     read_header(str(file))
 
 
-WORDS = ["-d", "901", "-o", "902", "-p", "nnUNetPlans", "-c", "2d", "-np", "0", "1", "-f", "all", "--labeled", "all", "2"]
-WORDS += ["--seed", "x", "--name", "../x", "--set", "a.b=1", "-tr", "nnUNetTrainer", "--dry-run", "--patient_pattern", "("]
-WORDS += ["-ref", ".", "-pred", "-djfile", "dataset.json", "--rounds", "--drop", "2.5", "--preset", "small", "", "-x", "é"]
+WORDS = [
+    "-d",
+    "901",
+    "-o",
+    "902",
+    "-p",
+    "nnUNetPlans",
+    "-c",
+    "2d",
+    "-np",
+    "0",
+    "1",
+    "-f",
+    "all",
+    "--labeled",
+    "all",
+    "2",
+]
+WORDS += [
+    "--seed",
+    "x",
+    "--name",
+    "../x",
+    "--set",
+    "a.b=1",
+    "-tr",
+    "nnUNetTrainer",
+    "--dry-run",
+    "--patient_pattern",
+    "(",
+]
+WORDS += [
+    "-ref",
+    ".",
+    "-pred",
+    "-djfile",
+    "dataset.json",
+    "--rounds",
+    "--drop",
+    "2.5",
+    "--preset",
+    "small",
+    "",
+    "-x",
+    "é",
+]
 COMMANDS = (cli.plans, cli.preprocess, cli.hide_labels, cli.add_unlabeled, cli.selftrain, cli.evaluate, cli.benchmark)
 
 

@@ -56,7 +56,9 @@ def main() -> int:
         grew = False
         for name in args.trainers:
             early, late = growth(dataset, name, args.steps)
-            print(f"{name}: {early:.0f} MiB after {args.steps // 10} steps, {late:.0f} MiB after {args.steps}", flush=True)
+            print(
+                f"{name}: {early:.0f} MiB after {args.steps // 10} steps, {late:.0f} MiB after {args.steps}", flush=True
+            )
             grew |= late > 1.02 * early
     return int(grew)
 

@@ -25,16 +25,16 @@ TITLES = {
 }
 HEAD = """# What is refused, and what is taken
 
-Made from the tests by `python tools/robustness_page.py`: change the docstrings of the tests, not this page. Every line is tested
-with the input that it names and with others of its kind. An error is one line that names the file, what is wrong and what to do,
-and nothing half-written stays.
+Made from the tests by `python tools/robustness_page.py`: change the docstrings of the tests, not this page. Every
+line is tested with the input that it names and with others of its kind. An error is one line that names the file,
+what is wrong and what to do, and nothing half-written stays.
 
-Besides, random input (tests/test_fuzz.py) goes into `dataset.json`, `splits_final.json`, plans, the manifest, NIfTI headers and the
-command lines: it is taken, or refused in one line.
+Besides, random input (tests/test_fuzz.py) goes into `dataset.json`, `splits_final.json`, plans, the manifest, NIfTI
+headers and the command lines: it is taken, or refused in one line.
 
 **What remains nnU-Net's.** Its own labelled `.pkl` files, and the checkpoints that `nnUNetv2_predict` and
-`-pretrained_weights` open, are pickles that it loads without a check: take them from people you trust. With `--c` ours is read
-first, tensors and plain values only.
+`-pretrained_weights` open, are pickles that it loads without a check: take them from people you trust. With `--c`
+ours is read first, tensors and plain values only.
 """
 
 

@@ -3,9 +3,10 @@
     python -m tools.watch_pseudo_labels DATASET -tr nnUNetTrainerPasteMatch -p small -c 2d --truth LABELS -o OUT
     python -m tools.watch_pseudo_labels --demo -tr nnUNetTrainerPasteMatch_10epochs -o OUT
 
-The second line makes the demo's data, whose images may be shown. Nothing of the truth reaches the training. OUT gets ``pseudo_labels.csv`` (Dice of student and teacher, share of voxels
-that the method's thresholds keep and their accuracy, by class, means over cases) and ``pseudo_labels.png``, which shows
-image data: mind its terms before you pass it on.
+The second line makes the demo's data, whose images may be shown. Nothing of the truth reaches the training. OUT gets
+``pseudo_labels.csv`` (Dice of student and teacher, share of voxels that the method's thresholds keep and their
+accuracy, by class, means over cases) and ``pseudo_labels.png``, which shows image data: mind its terms before you
+pass it on.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def draw(file: Path, cases: list[Case], epochs: list[int]) -> None:
 
 
 def make_demo(folder: Path) -> tuple[str, str, Path]:
-    """The demo's data in ``folder``, planned and preprocessed, and the truth of its unlabelled cases, which is hidden there.
+    """The demo's data in ``folder``, planned and preprocessed, and the truth of its unlabelled cases.
 
     Returns:
         Name of the data set, name of the plans, folder of the hidden labels.

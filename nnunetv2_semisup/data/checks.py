@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from nibabel.nifti1 import Nifti1Header, data_type_codes
@@ -98,9 +98,10 @@ def _require_sound_header(header: Nifti1Header, name: str) -> np.dtype:
         told = " x ".join(f"{float(size):g}" for size in sizes)
         raise ValueError(f"{name} has no voxel size, its header says {told} mm: correct pixdim")
     code = int(header["datatype"])
-    if code not in data_type_codes.dtype or data_type_codes.dtype[code].itemsize == 0:
+    known: Any = data_type_codes.dtype
+    if code not in known or known[code].itemsize == 0:
         raise ValueError(f"{name} has the data type {code}, which NIfTI does not know or readers do not read")
-    kind = data_type_codes.dtype[code].newbyteorder(header.endianness)
+    kind = known[code].newbyteorder(header.endianness)
     if kind.kind == "c":
         raise ValueError(f"{name} has complex numbers, of which the imaginary part would be lost: save the magnitude")
     return kind

@@ -39,8 +39,8 @@ from nnunetv2_semisup.data.folders import (
     manifest_file,
     unlabeled_folder,
 )
-from nnunetv2_semisup.data.jobs import submit, worker_pool
 from nnunetv2_semisup.data.headers import Header, differing_axes, read_header, stored_axes, turns_images
+from nnunetv2_semisup.data.jobs import submit, worker_pool
 from nnunetv2_semisup.data.reading import read_errors
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import PREPROCESSED, cannot_write, nnunet_folder, read_json, write_json
@@ -233,8 +233,8 @@ def check_plans(plans: object, configuration: str, where: str, remedy: str) -> N
     try:
         manager = PlansManager(plans)
         found = manager.get_configuration(configuration)
-        needed = (found.data_identifier, found.preprocessor_class, found.resampling_fn_data, found.resampling_fn_seg)
-        needed += (found.normalization_schemes, found.use_mask_for_norm, plans["image_reader_writer"])
+        needed = [found.data_identifier, found.preprocessor_class, found.resampling_fn_data, found.resampling_fn_seg]
+        needed += [found.normalization_schemes, found.use_mask_for_norm, plans["image_reader_writer"]]
         spacing = np.array(found.spacing, float)
         axes = sorted(manager.transpose_forward)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, LookupError, ImportError) as error:
@@ -390,9 +390,7 @@ def _write_manifest(task: _Task, recorded: dict[str, dict]) -> None:
     write_json(task.manifest, {"plans": task.fingerprint, "cases": recorded})
 
 
-def _process(
-    task: _Task, survey: _Survey, pending: list[str], num_processes: int, log: Callable[[str], None]
-) -> None:
+def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: int, log: Callable[[str], None]) -> None:
     """Preprocess ``pending`` in a temporary folder and move each case into place once it is whole."""
     recorded = dict(survey.recorded)
     task.temporary.mkdir(exist_ok=True)
@@ -476,7 +474,7 @@ def _checked(preprocessor_class: type[DefaultPreprocessor], axes: int | None) ->
 
     class Checked(preprocessor_class):
         def run_case(self, image_files, *args, **kwargs):
-            self.remarks = []
+            self.remarks: list[str] = []
             files = ", ".join(image_files)
 
             def tell(error: Exception) -> str:
@@ -534,7 +532,9 @@ def _require_sane_size(
         raise ValueError(f"{told} is none: correct the header")
     new = [round(length * size / wanted) for length, size, wanted in zip(lengths, sizes, target, strict=True)]
     if 0 in new:
-        raise ValueError(f"{told} leaves no voxel of {' x '.join(f'{size:g}' for size in target)} mm: correct the header")
+        raise ValueError(
+            f"{told} leaves no voxel of {' x '.join(f'{size:g}' for size in target)} mm: correct the header"
+        )
     growth, gigabytes = math.prod(new) / math.prod(lengths), shape[0] * math.prod(new) * 4 / 2**30
     if growth > MAX_GROWTH and gigabytes > 1:
         raise ValueError(

@@ -58,9 +58,9 @@ def hide_labels(
         labelled_choice: number of patients that keep their labels, or a file with one case id or patient per line.
         name: of the new dataset; None: that of the old one.
         patient_pattern: regular expression, found in a case id; its first group, or all that it matches, is the
-            patient. Cases of one patient stay together, in new folds too. None: as "patients" in dataset.json says, which
-            our converters write where a patient has several cases; else every case is a patient, and folds that the
-            source's ``splits_final.json`` has of its own are kept.
+            patient. Cases of one patient stay together, in new folds too. None: as "patients" in dataset.json says,
+            which our converters write where a patient has several cases; else every case is a patient, and folds that
+            the source's ``splits_final.json`` has of its own are kept.
         stratified: choose by size of the foreground: one patient of each of N equal parts of the sorted list. This
             reads all labels, also those that are hidden then.
         seed: of the random choice.
@@ -193,7 +193,9 @@ def foreground_sizes(
     cases: dict[str, dict], patient_of: dict[str, str], dataset_json: dict, processes: int
 ) -> dict[str, float]:
     """Patient -> mean number of labelled voxels per case; the ignore label is not counted."""
-    count = partial(_foreground_voxels, reader=reader_class(dataset_json, cases), ignore=dataset_json["labels"].get("ignore"))
+    count = partial(
+        _foreground_voxels, reader=reader_class(dataset_json, cases), ignore=dataset_json["labels"].get("ignore")
+    )
     names = sorted(cases)
     counts = run_jobs(count, [cases[case]["label"] for case in names], processes, "Reading labels")
     of_patient: dict[str, list[int]] = {}

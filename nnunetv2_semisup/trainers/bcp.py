@@ -101,7 +101,7 @@ class BCP(SemiSupMethod[BCPSettings]):
     def _labelled_with_unlabelled(
         self, network: nn.Module, labelled: dict, unlabelled: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """nnU-Net's loss on the regions with true labels and on those with pseudo-labels, each averaged over its voxels.
+        """nnU-Net's loss on the regions with true labels and on those with pseudo-labels, means over their voxels.
 
         Even patches are labelled outside the box, odd ones inside it; a loss is the mean of theirs. Of two batches the
         smaller one is repeated.

@@ -132,7 +132,8 @@ def _load_plain(filename: str) -> dict[str, Any]:
 @cache
 def _plain_types() -> list:
     """What numpy's numbers and arrays are pickled as; numpy 2 moved the functions, so both names are known."""
-    number, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
+    number: Any = np.float64(0).__reduce__()[0]
+    array: Any = np.empty(0).__reduce__()[0]
     moved = [
         _named(function, module) for function in (number, array) for module in ("numpy.core.multiarray", _MULTIARRAY)
     ]

@@ -95,7 +95,7 @@ class Watched:
         self.loader = loader
         forkserver = multiprocessing.get_start_method() == "forkserver"  # there the server is the workers' parent
         self.parent = None if forkserver else os.getpid()  # noted here: it may be gone when the worker starts
-        self._failure = multiprocessing.Array("c", 1000)
+        self._failure: Any = multiprocessing.Array("c", 1000)
         self._datasets = []
         for part in (loader.labelled, loader.unlabelled) if isinstance(loader, TwoStreamLoader) else (loader,):
             part._data = RememberingDataset(part._data)

@@ -61,7 +61,7 @@ class SupervisedLoss:
         outputs = output if isinstance(output, list) else [output]
         levels = getattr(self.loss, "weight_factors", (1.0,))
         dice = _without_deep_supervision(self.loss).dc
-        total = 0.0
+        total = output[0].new_zeros((), dtype=torch.float32)
         for level, logits in zip(levels, outputs, strict=True):
             if level == 0:
                 continue

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import distance_transform_edt
@@ -43,7 +43,6 @@ def has_both(mask):
     return mask.any() and not mask.all()
 
 
-
 @given(MASKS, SPACINGS)
 def test_equals_the_definition(mask, spacing):
     spacing = spacing[: mask.ndim]
@@ -62,7 +61,6 @@ def test_equals_the_definition(mask, spacing):
     np.testing.assert_allclose(found, truncated, rtol=1e-5, atol=1e-6)
 
 
-
 @given(MASKS, st.sampled_from([0.5, 1.0, 3.0]))
 def test_signs_and_range_on_an_isotropic_grid(mask, size):
     if not has_both(mask):
@@ -70,7 +68,6 @@ def test_signs_and_range_on_an_isotropic_grid(mask, size):
     signed, boundary = signed_distance_map(mask, (size,) * mask.ndim), slow_boundary(mask)
     assert (signed[boundary] == 0).all() and (signed[mask & ~boundary] < 0).all() and (signed[~mask] > 0).all()
     assert signed.max() == 1 and signed.min() == (-1 if (mask & ~boundary).any() else 0)
-
 
 
 @given(MASKS, SPACINGS, st.integers(0, 2))
@@ -107,7 +104,6 @@ def test_empty_and_full_masks(full):
         ignored = np.zeros_like(mask)
         ignored[0, 0, 0] = True
         assert np.isnan(signed_distance_map(mask, (1.0, 1.0, 1.0), ignored, empty=empty)).all()
-
 
 
 @given(st.data())

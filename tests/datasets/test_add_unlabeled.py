@@ -154,7 +154,10 @@ def test_several_channels(dataset, tmp_path):
         (lambda new: write(new / "\u60a3\u8005.nrrd", make_ct(20)), "has no letter"),
         (lambda new: write_series(new / "s", make_ct(20, size=(7, 6, 1)), "P"), "one file only; complete it, move it"),
         (lambda new: write(new / "x_seg.nrrd", make_ct(20)), "x_seg.nrrd: nnU-Net keeps names"),
-        (lambda new: write(new / "x.mha", sitk.JoinSeries([make_ct(20)] * 2)), "x.mha: it has 2 channels, .* declares 1"),
+        (
+            lambda new: write(new / "x.mha", sitk.JoinSeries([make_ct(20)] * 2)),
+            "x.mha: it has 2 channels, .* declares 1",
+        ),
         (lambda new: write(new / "x.mha", sitk.Compose([make_ct(20)] * 2)), "x.mha: several values per voxel"),
         (lambda new: write(new / "x.mha", sitk.Cast(make_ct(20), sitk.sitkFloat32) / 0), "x.mha: .* not finite"),
         (
@@ -431,7 +434,9 @@ def test_mixed_orientations_of_a_data_set_whose_reader_turns_images(dataset, tmp
 @pytest.mark.robustness
 @pytest.mark.parametrize("shape", [(9, 8), (1, 9, 8)])
 def test_flat_nifti_of_a_flat_data_set(nnunet_raw, tmp_path, shape):
-    """Input: 2D NIfTI, stored with two axes or with one more of length 1. Answer: taken where the labelled ones are so."""
+    """Input: 2D NIfTI, stored with two axes or with one more of length 1. Answer: taken where the labelled ones are
+    so.
+    """
     dataset = nnunet_raw / "Dataset005_Flat"
     write_nifti(dataset / "imagesTr" / "a_0000.nii.gz", noise(*shape, seed=0))
     content = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
@@ -459,19 +464,29 @@ def test_channels_in_one_4d_file(nnunet_raw, tmp_path):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda new: write(new / "x.nii.gz", make_ct(20)[:, :, 2]), "x.nii.gz: an image of 2 axes, the labelled ones .* 3"),
+        (
+            lambda new: write(new / "x.nii.gz", make_ct(20)[:, :, 2]),
+            "x.nii.gz: an image of 2 axes, the labelled ones .* 3",
+        ),
         (lambda new: write(new / "x.mha", make_ct(20) * 0), "x.mha: every voxel is 0: it shows nothing"),
-        (lambda new: write(new / "x.mha", sitk.Cast(make_ct(20), sitk.sitkFloat32) * 1e35), "x.mha: it has values up to"),
+        (
+            lambda new: write(new / "x.mha", sitk.Cast(make_ct(20), sitk.sitkFloat32) * 1e35),
+            "x.mha: it has values up to",
+        ),
         (lambda new: write(new / "x.nii.gz", sitk.Cast(make_ct(20), sitk.sitkComplexFloat32)), "x.nii.gz: .*complex"),
         (lambda new: os.mkfifo(new / "x.nii.gz"), "x.nii.gz is a pipe, socket or device and no file; move it away"),
         (lambda new: os.mkfifo(new / "notes"), "notes is a pipe"),
-        (lambda new: (new / "x.mhd").write_text(MHD), "x.mhd: .*takes its voxels from ../secret.raw, outside its folder"),
+        (
+            lambda new: (new / "x.mhd").write_text(MHD),
+            "x.mhd: .*takes its voxels from ../secret.raw, outside its folder",
+        ),
         (lambda new: (new / os.fsdecode(b"x\xff.nii.gz")).write_bytes(b""), r"x\\udcff.nii.gz': its name is no UTF-8"),
     ],
 )
 def test_hostile_images(make, match, dataset, tmp_path):
-    """Input: a slice among volumes, an image of one value, of 1e38, of complex numbers, a pipe, a header that takes its
-    voxels from elsewhere, a name that is no UTF-8. Answer: one line that names it, nothing brought in."""
+    """Input: a slice among volumes, an image of one value, of 1e38, of complex numbers, a pipe, a header that takes
+    its voxels from elsewhere, a name that is no UTF-8. Answer: one line that names it, nothing brought in.
+    """
     (tmp_path / "new").mkdir()
     make(tmp_path / "new")
     with pytest.raises(InputError, match=match) as caught:
@@ -483,7 +498,9 @@ MHD = "ObjectType = Image\nNDims = 3\nDimSize = 3 4 5\nElementType = MET_UCHAR\n
 
 
 @pytest.mark.robustness
-@pytest.mark.parametrize(("channels", "told"), [(4, r"4 channels \(the fourth is transparency, save it without\)"), (1, "1 channels")])
+@pytest.mark.parametrize(
+    ("channels", "told"), [(4, r"4 channels \(the fourth is transparency, save it without\)"), (1, "1 channels")]
+)
 def test_photographs_with_other_channels(nnunet_raw, tmp_path, channels, told):
     """Input: an RGBA or grey PNG in a data set of RGB ones. Answer: the error names file, channels and transparency."""
     pixels = np.random.default_rng(0).integers(0, 255, (9, 8, 4)).astype(np.uint8)
@@ -516,7 +533,9 @@ def test_a_data_set_may_be_named_with_a_slash(dataset, tmp_path, name):
 
 
 @pytest.mark.robustness
-@pytest.mark.parametrize(("value", "hint"), [('"{}"', "without quotes"), ("~/nowhere", "and ~"), ("{}/typo", "create it or")])
+@pytest.mark.parametrize(
+    ("value", "hint"), [('"{}"', "without quotes"), ("~/nowhere", "and ~"), ("{}/typo", "create it or")]
+)
 def test_a_folder_variable_that_is_mistyped(dataset, tmp_path, monkeypatch, value, hint):
     """Input: nnUNet_raw with quotes, with ~, or mistyped. Answer: the error says that the folder itself is missing."""
     monkeypatch.setenv("nnUNet_raw", value.format(dataset.parent))

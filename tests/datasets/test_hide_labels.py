@@ -453,7 +453,9 @@ def patient_folds() -> list[dict]:
 @pytest.mark.parametrize("place", ["raw", "preprocessed"])
 @pytest.mark.parametrize("unlabeled", [False, True])
 def test_folds_of_the_source_are_kept(source, tmp_path, place, unlabeled):
-    """Input: a source with a splits_final.json of its own. Answer: its folds, restricted to the cases that keep labels."""
+    """Input: a source with a splits_final.json of its own. Answer: its folds, restricted to the cases that keep
+    labels.
+    """
     folds = patient_folds()
     if unlabeled:
         folds[1]["unlabeled"] = ["u1"]
@@ -473,9 +475,13 @@ def test_folds_of_the_source_are_kept(source, tmp_path, place, unlabeled):
 
 @pytest.mark.robustness
 def test_a_fold_that_would_be_empty_is_refused_with_the_remedy(source, tmp_path):
-    """Input: a source with folds of its own of which one would have no case left. Answer: an error that says what to do."""
+    """Input: a source with folds of its own of which one would have no case left. Answer: an error that says what to
+    do.
+    """
     (source / "splits_final.json").write_text(json.dumps(patient_folds()))
-    with pytest.raises(InputError, match=r"splits_final.json: fold 2 would have no case left to validate on.*--patient_"):
+    with pytest.raises(
+        InputError, match=r"splits_final.json: fold 2 would have no case left to validate on.*--patient_"
+    ):
         hide_labels("4", 504, write_cases(tmp_path, "p0", "p2"))
     hide_labels("4", 504, write_cases(tmp_path, "p0", "p2"), patient_pattern=r"p\d")
     new = json.loads((source.with_name("Dataset504_Many") / "splits_final.json").read_text())
@@ -565,5 +571,7 @@ def test_a_folder_among_images_is_called_a_folder(source, part):
 @pytest.mark.robustness
 def test_all_is_no_number_of_patients(source):
     """Input: hide_labels --labeled all. Answer: the error says what to give."""
-    with pytest.raises(InputError, match="--labeled all: give the number of patients that keep their labels, or a text"):
+    with pytest.raises(
+        InputError, match="--labeled all: give the number of patients that keep their labels, or a text"
+    ):
         hide_labels("4", 504, "all")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_semisup.losses.contrastive import info_nce, share_matched, symmetric_info_nce
@@ -19,7 +19,6 @@ def slow_info_nce(anchors, keys, temperature):
             scores = [math.exp(float(a @ k) / temperature) for k in group_k]
             losses.append(-math.log(scores[i] / sum(scores)))
     return sum(losses) / len(losses)
-
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.sampled_from([0.1, 0.5, 2.0]))

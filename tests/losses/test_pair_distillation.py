@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_semisup.losses.pair_distillation import pair_distillation, voxel_vectors
@@ -36,7 +36,6 @@ def test_orthonormal_features_are_not_zero():
 def test_equal_features_give_log_n(n):
     rows = torch.randn(2, 1, 4).expand(2, n, 4)
     assert float(pair_distillation(rows, rows)) == pytest.approx(math.log(n), abs=1e-5)
-
 
 
 @given(st.integers(1, 8), st.integers(1, 4))

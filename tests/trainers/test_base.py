@@ -309,7 +309,10 @@ def changed_checkpoint(tiny, file, change):
     ("change", "message"),
     [
         (lambda content: [1, 2], "is no checkpoint of nnU-Net"),
-        (lambda content: content | {"semisup": None}, "is a checkpoint of nnUNetTrainerMeanTeacher, .* cannot continue"),
+        (
+            lambda content: content | {"semisup": None},
+            "is a checkpoint of nnUNetTrainerMeanTeacher, .* cannot continue",
+        ),
         (lambda content: content | {"semisup": {"trainer": NAME}}, "is damaged, it lacks settings, method, log"),
         (lambda content: {"semisup": content["semisup"]}, "is damaged, it lacks network_weights, optimizer_state"),
         (lambda content: content | {"current_epoch": -5}, "is of epoch -5, this training has 1000"),
@@ -318,8 +321,9 @@ def changed_checkpoint(tiny, file, change):
     ],
 )
 def test_checkpoints_of_another_form_are_refused_in_one_line(tiny, tmp_path, change, message):
-    """Input: a checkpoint that is a list, whose part of ours is null or lacks keys, of epoch -5 or 1e9. Answer: one line
-    that names the file and what is wrong."""
+    """Input: a checkpoint that is a list, whose part of ours is null or lacks keys, of epoch -5 or 1e9. Answer: one
+    line that names the file and what is wrong.
+    """
     file = tmp_path / "checkpoint_latest.pth"
     changed_checkpoint(tiny, file, change)
     with pytest.raises(InputError, match=f"checkpoint_latest.pth {message}") as caught:
@@ -366,7 +370,9 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tiny, tmp_path, place):
 
 
 @pytest.mark.robustness
-@pytest.mark.parametrize("numpy_number", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.arange(3.0)])
+@pytest.mark.parametrize(
+    "numpy_number", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True), np.arange(3.0)]
+)
 def test_numbers_of_numpy_are_plain_values(tiny, tmp_path, numpy_number):
     """Input: a checkpoint whose log holds numbers of numpy, as nnU-Net's does. Answer: it is loaded."""
     file = tmp_path / "checkpoint_latest.pth"
@@ -378,8 +384,9 @@ def test_numbers_of_numpy_are_plain_values(tiny, tmp_path, numpy_number):
 
 @pytest.mark.robustness
 def test_a_full_disk_keeps_the_older_checkpoint_and_names_the_file(tiny, tmp_path):
-    """Input: a disk that fills up while a checkpoint is written. Answer: the older one is whole, one line names the file
-    and the room left, no temporary file stays."""
+    """Input: a disk that fills up while a checkpoint is written. Answer: the older one is whole, one line names the
+    file and the room left, no temporary file stays.
+    """
     trainer = tiny.trainer(NAME)
     trainer.initialize()
     file = tmp_path / "checkpoint_latest.pth"
@@ -403,7 +410,10 @@ def test_a_log_that_cannot_be_written_is_a_warning(tiny, monkeypatch):
 
     monkeypatch.setattr(files, "write_csv", cannot)
     original = trainer.print_to_log_file
-    trainer.print_to_log_file = lambda *args, **kwargs: (lines.append(" ".join(map(str, args))), original(*args, **kwargs))
+    trainer.print_to_log_file = lambda *args, **kwargs: (
+        lines.append(" ".join(map(str, args))),
+        original(*args, **kwargs),
+    )
     trainer.run_training()
     assert [line for line in lines if "WARNING" in line and "semisup_log.csv cannot be written" in line]
     assert (Path(trainer.output_folder) / "checkpoint_final.pth").is_file()
@@ -415,7 +425,9 @@ def test_a_log_that_cannot_be_written_is_a_warning(tiny, monkeypatch):
 def test_a_case_that_cannot_be_read_while_training_is_named_and_nothing_is_lost(
     datasets, use, tmp_path, monkeypatch, workers, stream
 ):
-    """Input: a preprocessed file that breaks while training runs. Answer: the weights are saved, and the case is named."""
+    """Input: a preprocessed file that breaks while training runs. Answer: the weights are saved, and the case is
+    named.
+    """
     dataset = replace(datasets("2 classes"), root=tmp_path / "copy")
     shutil.copytree(datasets("2 classes").root, dataset.root)
     use(dataset)
@@ -522,9 +534,13 @@ def test_a_fold_that_names_cases_that_are_not_there(use, tmp_path):
 
 
 @pytest.mark.robustness
-@pytest.mark.parametrize(("key", "value"), [("spacing", [0, 1, 1]), ("spacing", None), ("preprocessor_name", "Nothing")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("spacing", [0, 1, 1]), ("spacing", None), ("preprocessor_name", "Nothing")]
+)
 def test_damaged_plans_are_told_before_nnunet_looks_at_them(tiny, key, value):
-    """Input: plans with a spacing of 0 or without, or an unknown preprocessor. Answer: one line, at the trainer's start."""
+    """Input: plans with a spacing of 0 or without, or an unknown preprocessor. Answer: one line, at the trainer's
+    start.
+    """
     plans = tiny.plans
     plans["configurations"]["3d_fullres"][key] = value
     with pytest.raises(InputError, match="plans nnUNetPlans: configuration 3d_fullres .*plan again"):
