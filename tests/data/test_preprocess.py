@@ -387,8 +387,8 @@ def test_a_worthless_image_is_refused(dataset, change, message):
 @pytest.mark.robustness
 @pytest.mark.parametrize("value", [0, -3.5])
 def test_one_empty_channel_among_others_is_told(dataset, value):
-    """Input: an unlabelled image one of whose channels has one value. Answer: it is used, with a warning that names
-    it.
+    """Input: an unlabelled image one of whose channels has one value. Answer: it is used, with a warning that
+    names it.
     """
     rewrite(dataset.images("un_1")[1], lambda array: np.full_like(array, value))
     lines = []
@@ -449,8 +449,8 @@ def damage_header(file, **fields):
     ],
 )
 def test_a_nifti_header_that_lies_is_refused(dataset, fields, message):
-    """Input: a NIfTI header with no voxel size, an axis of length 0, complex numbers, or more voxels than there are.
-    Answer: an error that names the file and what is wrong.
+    """Input: a NIfTI header with no voxel size, an axis of length 0, complex numbers, or more voxels than there
+    are. Answer: an error that names the file and what is wrong.
     """
     damage_header(dataset.images("un_1")[0], **fields)
     with pytest.raises(InputError, match=f"un_1_0000.nii.gz.*{message}"):
@@ -501,8 +501,8 @@ def test_voxels_outside_the_folder_are_not_read(tmp_path, name):
     ],
 )
 def test_damaged_plans_are_told_in_one_line(dataset, change):
-    """Input: plans without spacing, with a configuration that is null, an unknown preprocessor, a spacing of 0 and the
-    like. Answer: one line that names the file and the command that makes it anew.
+    """Input: plans without spacing, with a configuration that is null, an unknown preprocessor, a spacing of 0
+    and the like. Answer: one line that names the file and the command that makes it anew.
     """
     dataset.edit_plans(change)
     with pytest.raises(InputError, match=r"nnUNetPlans.json.*run nnUNetv2_plan_and_preprocess -d 508$") as caught:
@@ -512,8 +512,8 @@ def test_damaged_plans_are_told_in_one_line(dataset, change):
 
 @pytest.mark.robustness
 def test_a_full_disk_is_told_and_nothing_half_written_stays(dataset, images):
-    """Input: a disk that fills up while unlabelled images are preprocessed. Answer: one line that names the file and
-    the room left; what is whole is kept, and the same command goes on.
+    """Input: a disk that fills up while unlabelled images are preprocessed. Answer: one line that names the
+    file and the room left; what is whole is kept, and the same command goes on.
     """
     with (
         full_disk(2000),

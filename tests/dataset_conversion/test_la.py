@@ -722,8 +722,8 @@ def test_files_as_published(raw, tmp_path, monkeypatch):
     ],
 )
 def test_values_that_are_not_in_the_file(tmp_path, kind, message):
-    """Input: an h5 file whose values lie in another file, or that claims 256 GB in 2 kB. Answer: one line that says
-    so.
+    """Input: an h5 file whose values lie in another file, or that claims 256 GB in 2 kB. Answer: one line that
+    says so.
     """
     (tmp_path / "case").mkdir()
     with h5py.File(tmp_path / "secret.h5", "w") as other:

@@ -408,7 +408,9 @@ SHEARED = np.array([[-1, 0.2, 0, 0], [0, -1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]
 
 @pytest.mark.robustness
 def test_sheared_nifti_of_a_data_set_that_nibabel_reads(dataset, tmp_path):
-    """Input: NIfTI with sheared axes, in a data set read by NibabelIO. Answer: taken as it is; a double is recognised."""
+    """Input: NIfTI with sheared axes, in a data set read by NibabelIO. Answer: taken as it is; a double is
+    recognised.
+    """
     use_reader(dataset, "NibabelIO")
     write_nifti(tmp_path / "new" / "x.nii.gz", noise(5, 6, 7), SHEARED)
     write_nifti(tmp_path / "new" / "y.nii.gz", noise(5, 6, 7), SHEARED)
@@ -434,8 +436,8 @@ def test_mixed_orientations_of_a_data_set_whose_reader_turns_images(dataset, tmp
 @pytest.mark.robustness
 @pytest.mark.parametrize("shape", [(9, 8), (1, 9, 8)])
 def test_flat_nifti_of_a_flat_data_set(nnunet_raw, tmp_path, shape):
-    """Input: 2D NIfTI, stored with two axes or with one more of length 1. Answer: taken where the labelled ones are
-    so.
+    """Input: 2D NIfTI, stored with two axes or with one more of length 1. Answer: taken where the labelled ones
+    are so.
     """
     dataset = nnunet_raw / "Dataset005_Flat"
     write_nifti(dataset / "imagesTr" / "a_0000.nii.gz", noise(*shape, seed=0))
@@ -447,7 +449,9 @@ def test_flat_nifti_of_a_flat_data_set(nnunet_raw, tmp_path, shape):
 
 @pytest.mark.robustness
 def test_channels_in_one_4d_file(nnunet_raw, tmp_path):
-    """Input: both channels in one 4D file, as the labelled cases have them. Answer: taken; three channels are refused."""
+    """Input: both channels in one 4D file, as the labelled cases have them. Answer: taken; three channels are
+    refused.
+    """
     dataset = nnunet_raw / "Dataset005_Four"
     write_nifti(dataset / "imagesTr" / "a_0000.nii.gz", noise(5, 6, 7, 2, seed=0))
     content = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
@@ -484,8 +488,9 @@ def test_channels_in_one_4d_file(nnunet_raw, tmp_path):
     ],
 )
 def test_hostile_images(make, match, dataset, tmp_path):
-    """Input: a slice among volumes, an image of one value, of 1e38, of complex numbers, a pipe, a header that takes
-    its voxels from elsewhere, a name that is no UTF-8. Answer: one line that names it, nothing brought in.
+    """Input: a slice among volumes, an image of one value, of 1e38, of complex numbers, a pipe, a header that
+    takes its voxels from elsewhere, a name that is no UTF-8. Answer: one line that names it, nothing brought
+    in.
     """
     (tmp_path / "new").mkdir()
     make(tmp_path / "new")
@@ -502,7 +507,9 @@ MHD = "ObjectType = Image\nNDims = 3\nDimSize = 3 4 5\nElementType = MET_UCHAR\n
     ("channels", "told"), [(4, r"4 channels \(the fourth is transparency, save it without\)"), (1, "1 channels")]
 )
 def test_photographs_with_other_channels(nnunet_raw, tmp_path, channels, told):
-    """Input: an RGBA or grey PNG in a data set of RGB ones. Answer: the error names file, channels and transparency."""
+    """Input: an RGBA or grey PNG in a data set of RGB ones. Answer: the error names file, channels and
+    transparency.
+    """
     pixels = np.random.default_rng(0).integers(0, 255, (9, 8, 4)).astype(np.uint8)
     dataset = nnunet_raw / "Dataset005_Photo"
     write(dataset / "imagesTr" / "a_0000.png", sitk.GetImageFromArray(pixels[..., :3], isVector=True))

@@ -475,8 +475,8 @@ def test_folds_of_the_source_are_kept(source, tmp_path, place, unlabeled):
 
 @pytest.mark.robustness
 def test_a_fold_that_would_be_empty_is_refused_with_the_remedy(source, tmp_path):
-    """Input: a source with folds of its own of which one would have no case left. Answer: an error that says what to
-    do.
+    """Input: a source with folds of its own of which one would have no case left. Answer: an error that says
+    what to do.
     """
     (source / "splits_final.json").write_text(json.dumps(patient_folds()))
     with pytest.raises(
@@ -497,7 +497,9 @@ def write_cases(folder, *patients) -> str:
 @pytest.mark.robustness
 @pytest.mark.parametrize("groups", [None, {case: case[:2] for case in CASES}])
 def test_folds_that_anyone_would_make_are_made_anew(source, tmp_path, groups):
-    """Input: a source whose folds are nnU-Net's or our converters' own. Answer: new ones for the cases that are left."""
+    """Input: a source whose folds are nnU-Net's or our converters' own. Answer: new ones for the cases that are
+    left.
+    """
     if groups:
         change_json(source, patients=groups)
     (source / "splits_final.json").write_text(json.dumps(make_splits(CASES, groups)))
@@ -517,7 +519,9 @@ def test_folds_that_anyone_would_make_are_made_anew(source, tmp_path, groups):
     ],
 )
 def test_damaged_folds_of_the_source(source, folds, message):
-    """Input: a splits_final.json of another form, or with names that do not exist. Answer: one line that names them."""
+    """Input: a splits_final.json of another form, or with names that do not exist. Answer: one line that names
+    them.
+    """
     (source / "splits_final.json").write_text(json.dumps(folds))
     with pytest.raises(InputError, match=f"splits_final.json.*{message}") as caught:
         hide_labels("4", 504, "3")
@@ -527,7 +531,9 @@ def test_damaged_folds_of_the_source(source, folds, message):
 @pytest.mark.robustness
 @pytest.mark.parametrize("what", ["images", "label"])
 def test_listed_files_of_another_ending_are_refused(source, what):
-    """Input: dataset.json lists .mha files in a data set of .nrrd files. Answer: an error that names one, no renaming."""
+    """Input: dataset.json lists .mha files in a data set of .nrrd files. Answer: an error that names one, no
+    renaming.
+    """
     entry = {"images": [f"imagesTr/p0_a_000{c}.nrrd" for c in (0, 1)], "label": "labelsTr/p0_a.nrrd"}
     name = "imagesTr/p0_a_0001" if what == "images" else "labelsTr/p0_a"
     write(source / f"{name}.mha", np.ones((3, 4, 5), np.uint8))

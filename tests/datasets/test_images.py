@@ -316,8 +316,8 @@ def test_remedies_fit_the_fault(tmp_path):
 )
 @pytest.mark.parametrize("index", [0, 3])
 def test_a_dicom_slice_of_another_grid_is_named(tmp_path, tag, value, what, index):
-    """Input: a DICOM series with one slice of another orientation or pixel spacing. Answer: an error that names a
-    slice.
+    """Input: a DICOM series with one slice of another orientation or pixel spacing. Answer: an error that names
+    a slice.
     """
     write_series(tmp_path, make_ct(3), "P1")
     [slices] = images.find_series(images.walk(tmp_path)).values()

@@ -321,8 +321,8 @@ def changed_checkpoint(tiny, file, change):
     ],
 )
 def test_checkpoints_of_another_form_are_refused_in_one_line(tiny, tmp_path, change, message):
-    """Input: a checkpoint that is a list, whose part of ours is null or lacks keys, of epoch -5 or 1e9. Answer: one
-    line that names the file and what is wrong.
+    """Input: a checkpoint that is a list, whose part of ours is null or lacks keys, of epoch -5 or 1e9. Answer:
+    one line that names the file and what is wrong.
     """
     file = tmp_path / "checkpoint_latest.pth"
     changed_checkpoint(tiny, file, change)
@@ -384,8 +384,8 @@ def test_numbers_of_numpy_are_plain_values(tiny, tmp_path, numpy_number):
 
 @pytest.mark.robustness
 def test_a_full_disk_keeps_the_older_checkpoint_and_names_the_file(tiny, tmp_path):
-    """Input: a disk that fills up while a checkpoint is written. Answer: the older one is whole, one line names the
-    file and the room left, no temporary file stays.
+    """Input: a disk that fills up while a checkpoint is written. Answer: the older one is whole, one line names
+    the file and the room left, no temporary file stays.
     """
     trainer = tiny.trainer(NAME)
     trainer.initialize()
@@ -425,8 +425,8 @@ def test_a_log_that_cannot_be_written_is_a_warning(tiny, monkeypatch):
 def test_a_case_that_cannot_be_read_while_training_is_named_and_nothing_is_lost(
     datasets, use, tmp_path, monkeypatch, workers, stream
 ):
-    """Input: a preprocessed file that breaks while training runs. Answer: the weights are saved, and the case is
-    named.
+    """Input: a preprocessed file that breaks while training runs. Answer: the weights are saved, and the case
+    is named.
     """
     dataset = replace(datasets("2 classes"), root=tmp_path / "copy")
     shutil.copytree(datasets("2 classes").root, dataset.root)
@@ -450,7 +450,9 @@ def test_a_case_that_cannot_be_read_while_training_is_named_and_nothing_is_lost(
 
 @pytest.mark.robustness
 def test_a_killed_loader_process_ends_training_saved(tiny, monkeypatch):
-    """Input: kill -9 of a process that loads patches. Answer: the weights are saved, the message says what happened."""
+    """Input: kill -9 of a process that loads patches. Answer: the weights are saved, the message says what
+    happened.
+    """
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     trainer = tiny.trainer(NAME, **SHORT | {"num_epochs": 50, "num_iterations_per_epoch": 3})
     end_epoch = trainer.on_epoch_end
@@ -524,7 +526,9 @@ def test_fewer_than_five_cases_get_folds(datasets, use, tmp_path):
 
 @pytest.mark.robustness
 def test_a_fold_that_names_cases_that_are_not_there(use, tmp_path):
-    """Input: splits_final.json names a case that is not preprocessed. Answer: one line that names it, before training."""
+    """Input: splits_final.json names a case that is not preprocessed. Answer: one line that names it, before
+    training.
+    """
     dataset = use(make_dataset(tmp_path / "data", LABELS["2 classes"]))
     folds = [{"train": ["lab0", "gone"], "val": ["lab1"]}, {"train": ["lab0"], "val": ["lab1"]}]
     (dataset.preprocessed / "splits_final.json").write_text(json.dumps(folds))
@@ -538,8 +542,8 @@ def test_a_fold_that_names_cases_that_are_not_there(use, tmp_path):
     ("key", "value"), [("spacing", [0, 1, 1]), ("spacing", None), ("preprocessor_name", "Nothing")]
 )
 def test_damaged_plans_are_told_before_nnunet_looks_at_them(tiny, key, value):
-    """Input: plans with a spacing of 0 or without, or an unknown preprocessor. Answer: one line, at the trainer's
-    start.
+    """Input: plans with a spacing of 0 or without, or an unknown preprocessor. Answer: one line, at the
+    trainer's start.
     """
     plans = tiny.plans
     plans["configurations"]["3d_fullres"][key] = value

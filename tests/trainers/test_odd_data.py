@@ -78,8 +78,8 @@ def linked(dataset):
     ],
 )
 def test_odd_but_sound_data_trains(tmp_path, use, change, configuration):
-    """Input: a labelled case without foreground or smaller than the patch, an unlabelled image of one voxel, linked
-    files, names in other scripts or with quotes. Answer: training runs, with finite losses.
+    """Input: a labelled case without foreground or smaller than the patch, an unlabelled image of one voxel,
+    linked files, names in other scripts or with quotes. Answer: training runs, with finite losses.
     """
     dataset = use(make_dataset(tmp_path, LABELS["2 classes"]))
     change(dataset)
