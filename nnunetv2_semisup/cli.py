@@ -302,6 +302,9 @@ def benchmark(arguments: list[str] | None = None) -> int:
     mode.add_argument("--report", action="store_true", help="make tables and pictures, run nothing")
     mode.add_argument("--speed", action="store_true", help="step time and memory of every trainer over the stock step")
     mode.add_argument(
+        "--counted", action="store_true", help="the same, counted for the plans: needs no GPU and no data"
+    )
+    mode.add_argument(
         "--slurm", nargs="*", metavar="KEY=VALUE", help="submit the runs, e.g. slurm_partition=gpu timeout_min=600"
     )
     args = parser.parse_args(arguments)

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nnunetv2_semisup.benchmark import grid, records, report, speed, worker
+from nnunetv2_semisup.benchmark import counted, grid, records, report, speed, worker
 from nnunetv2_semisup.benchmark import run as runner
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import PREPROCESSED, RESULTS, find_dataset
@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
     work = records.WorkFolder((args.o or _work_folder()).resolve())
     results = args.results or work.root / "results"
     options = runner.Options(args.device, args.threads)
-    if args.speed:
-        return _speed(args, results)
+    if args.speed or args.counted:
+        return _speed(args, results) if args.speed else _counted(args, results)
     if (args.grid is None) == (args.d is None):
         raise InputError("give either a GRID.yaml or -d, -tr and --epochs")
     if args.grid:
@@ -60,6 +60,19 @@ def _speed(args: argparse.Namespace, results: Path) -> int:
                 rows = speed.measure(*where, args.device, trainers=args.tr)
                 print(f"{' '.join(where)}, {rows[0]['hardware']}, {rows[0]['threads']} threads\n{speed.table(rows)}")
                 print(f"Written to {speed.write(results, rows)}")
+    return 0
+
+
+def _counted(args: argparse.Namespace, results: Path) -> int:
+    if not args.d:
+        raise InputError("--counted needs a preprocessed data set: -d ID, with -c and -p")
+    for dataset in args.d:
+        for plans_name in args.p:
+            for configuration in args.c:
+                where = (_dataset_folder(dataset).name, configuration, plans_name)
+                rows = counted.count(*where, args.tr)
+                print(f"{' '.join(where)}, patch {rows[0]['patch']}, batch {rows[0]['batch']}\n{counted.table(rows)}")
+                print(f"Written to {counted.write(results, rows)}")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunetv2_semisup.benchmark import plots, records, speed, table
+from nnunetv2_semisup.benchmark import counted, plots, records, speed, table
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import write_text
@@ -81,6 +81,8 @@ def texts(results: Path) -> dict[Path, str]:
         parts += ["## Pictures\n", *(f"![{text}](plots/{name})\n\n{text}\n" for name, text in pictures.items())]
     if measured := speed.sections(results):
         parts += ["## Step time and memory\n", f"{speed.__doc__}\n", measured]
+    if parts_counted := counted.sections(results):
+        parts += ["## Counted: cost and memory without a GPU\n", f"{counted.__doc__}\n", parts_counted]
     if comparisons:
         parts += ["## Where the numbers come from\n", table.provenance(table.read(results)[0])]
     files = {results / "README.md": "\n".join(parts)}

@@ -24,11 +24,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnunetv2_semisup import discovery
@@ -129,9 +131,17 @@ def random_batch(trainer: nnUNetTrainer, seed: int = 0) -> dict:
     return batch
 
 
+def pinned(value: Any) -> Any:
+    """A batch with its tensors in pinned memory, as nnU-Net's augmenters hand it over for a GPU."""
+    return tree_map_only(torch.Tensor, torch.Tensor.pin_memory, value)
+
+
 def step_times(trainers: list[nnUNetTrainer], rounds: int) -> list[list[float]]:
     """Seconds per step, for each trainer a list over rounds of the mean over :data:`POINTS`; they take turns."""
-    batches = [random_batch(trainer) for trainer in trainers]
+    batches = [
+        pinned(random_batch(trainer)) if trainer.device.type == "cuda" else random_batch(trainer)
+        for trainer in trainers
+    ]
     for trainer, batch in zip(trainers, batches, strict=True):
         for point in POINTS:
             for _ in range(WARM_UP):
@@ -144,7 +154,7 @@ def step_times(trainers: list[nnUNetTrainer], rounds: int) -> list[list[float]]:
 
 
 def step(trainer: nnUNetTrainer, batch: dict, point: float) -> None:
-    """One training step as at ``point`` (share of training done). It ends with a loss on the CPU, so is synchronous."""
+    """One training step as at ``point`` (share of training done)."""
     trainer.current_epoch = int(point * trainer.num_epochs)
     trainer.train_step(batch)
 
@@ -152,7 +162,8 @@ def step(trainer: nnUNetTrainer, batch: dict, point: float) -> None:
 def peak_memory_mb(trainer: nnUNetTrainer) -> float:
     """Largest amount that one step of ``trainer`` held, over all points of training, in MiB."""
     batch = random_batch(trainer)
-    step(trainer, batch, POINTS[0])  # the optimiser's state exists from the first step on
+    for point in POINTS if trainer.device.type == "cuda" else POINTS[:1]:
+        step(trainer, batch, point)  # the optimiser's state exists from the first step on; cuDNN chooses algorithms
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -207,9 +218,17 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def _timed(trainer: nnUNetTrainer, batch: dict, point: float) -> float:
+    _synchronise(trainer)
     start = perf_counter()
     step(trainer, batch, point)
+    _synchronise(trainer)
     return perf_counter() - start
+
+
+def _synchronise(trainer: nnUNetTrainer) -> None:
+    """Wait for the GPU: optimiser and teacher go on there after the step's losses have been read."""
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def release() -> None:

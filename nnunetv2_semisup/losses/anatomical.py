@@ -18,7 +18,8 @@ def draw_voxels(members: Tensor, size: int) -> tuple[Tensor, Tensor]:
     Returns:
         (K, size) int64 positions; and (K,) bool, False for classes without a voxel (their positions mean nothing).
     """
-    ranks = members.cumsum(1, dtype=torch.int32)  # the r-th True is the first position of rank r, from 1
+    # The r-th True is the first position of rank r, from 1. Row by row: a GPU scans one long row with all of its cores.
+    ranks = torch.stack([row.cumsum(0, dtype=torch.int32) for row in members])
     counts = ranks[:, -1:]
     draws = (torch.rand(members.shape[0], size, device=members.device) * counts).int()
     positions = torch.searchsorted(ranks, torch.minimum(draws + 1, counts))

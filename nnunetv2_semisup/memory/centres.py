@@ -34,5 +34,5 @@ def allocate(cosines: Tensor) -> Tensor:
     Returns:
         (K,) int64, the centre of each class.
     """
-    _, centres = linear_sum_assignment(cosines.numpy(), maximize=True)
+    _, centres = linear_sum_assignment(np.array(cosines.tolist()), maximize=True)
     return torch.from_numpy(centres)

@@ -234,8 +234,9 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
     def after_step(self, network: nn.Module) -> None:
         self.teacher.update_parameters(network)
         self.teacher_projectors.update_parameters(self.projectors)
-        for name, rows in self._to_queue.items():
-            self.queue(name).push(gather_rows(torch.cat(rows)))
+        gathered = gather_rows(*(torch.cat(rows) for rows in self._to_queue.values()))
+        for name, rows in zip(self._to_queue, gathered, strict=True):
+            self.queue(name).push(rows)
 
     def queue(self, name: str) -> Queue:
         """Of earlier embeddings of the teacher."""

@@ -163,14 +163,15 @@ class ACTIONPlusPlus(ACTION):
             return
         sums, present, teacher, labels = self._contrasted
         # Class after class would let the last classes push the first ones out of a queue that is too short for all.
-        rows, labels = (gather_rows(x.transpose(0, 1).flatten(0, 1)) for x in (teacher, labels))
+        by_draw = (x.transpose(0, 1).flatten(0, 1) for x in (teacher, labels))
+        rows, labels, sums, present = gather_rows(*by_draw, sums[None], present[None])
         self.queue("voxels").push(rows, labels >= 0)
         self.queue("voxel_labels").push(labels, labels >= 0)
         # The allocation of the centroids so far: the copy to the CPU is over by now, so that a GPU need not be awaited.
         if self._cosines is None:
             self._cosines = (self.centroids @ self.centres.T).cpu()
         self.allocation.copy_(allocate(self._cosines), non_blocking=True)
-        self._update_centroids(gather_rows(sums[None]).sum(0), gather_rows(present[None]).any(0))
+        self._update_centroids(sums.sum(0), present.any(0))
         self._cosines = (self.centroids @ self.centres.T).to("cpu", non_blocking=True)
 
     def _update_centroids(self, sums: Tensor, present: Tensor) -> None:

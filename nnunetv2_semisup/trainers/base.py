@@ -363,6 +363,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             return
         bad = result.not_finite or ["a value on another process"]
         saved = self._save("checkpoint_failed.pth")
+        if is_distributed():
+            dist.barrier()  # as when it is stopped: the first to fail ends the others, rank 0 perhaps while it writes
         raise TrainingFailed(
             f"{', '.join(bad)} not finite in epoch {self.current_epoch}, step {self._steps_in_epoch}; labelled cases "
             f"{', '.join(map(str, batch['keys']))}; "

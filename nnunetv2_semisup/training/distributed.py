@@ -5,7 +5,7 @@ So gradients are averaged by hand, once per step, after all backward passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,46 +17,64 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], flags: Tensor) -> Tensor:
+def average_gradients(parameters: Sequence[nn.Parameter], flags: Tensor) -> Tensor:
     """Replace every gradient by its mean over the processes, in one all-reduce; nothing to do in a single process.
 
     Args:
-        parameters: the same on every process; those without a gradient count as zero, and have one afterwards: the
-            coarsest segmentation layer, which the loss does not use, then decays by the optimiser's weight decay.
+        parameters: the same on every process. Those without a gradient count as zero and have one afterwards, so that
+            the sizes agree; who steps then takes it away where no process had one, see the result.
         flags: (F,) float, one per yes-or-no question on which the processes must agree.
 
     Returns:
-        (F,) the flags, summed over the processes.
+        (F,) the flags, summed over the processes; with several processes followed by a number for each of
+        ``parameters``: how many of them had a gradient. To be read on the host with what else is read.
     """
     if not is_distributed():
         return flags
-    parameters = [p for p in parameters if p.requires_grad]
+    had = torch.tensor([float(p.grad is not None) for p in parameters]).to(flags.device, non_blocking=True)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([flags.float(), *(g.reshape(-1).float() for g in gradients)])
+    head = torch.cat([flags.float(), had])
+    flat = torch.cat([head, *(g.reshape(-1).float() for g in gradients)])
     dist.all_reduce(flat)
-    summed, flat = flat[: flags.numel()], flat[flags.numel() :] / dist.get_world_size()
+    summed, flat = flat[: head.numel()], flat[head.numel() :] / dist.get_world_size()
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter).to(parameter.dtype)
     return summed
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, those of rank 0 first; in a single process the rows themselves.
+_counts: dict[tuple, list[list[int]]] = {}  # shapes and types of what is gathered here -> numbers of rows by process
+
+
+def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows of all processes, those of rank 0 first, of several tensors in one exchange.
+
+    In a single process the tensors themselves. The numbers of rows are exchanged once for each combination of shapes,
+    so a process must not change its numbers while others keep theirs.
 
     Args:
-        rows: (N, ...), no gradient; N may differ between the processes, the other axes may not.
+        tensors: (N, ...), no gradient, whole numbers below 2^24 if any; N may differ between the processes, the other
+            axes may not.
     """
-    if not is_distributed():
-        return rows
-    count = torch.tensor([rows.shape[0]], device=rows.device)
-    of_each = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_each, count)
-    counts = [int(c) for c in of_each]
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: rows.shape[0]] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
+    if not is_distributed() or not tensors:
+        return tensors
+    flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+    key = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors)
+    if key not in _counts:
+        mine = torch.tensor([tensor.shape[0] for tensor in tensors], device=flat.device)
+        of_each = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_each, mine)
+        _counts[key] = [counts.tolist() for counts in of_each]
+    widths = [tensor[:1].numel() if len(tensor) else 0 for tensor in tensors]
+    lengths = [[n * width for n, width in zip(counts, widths, strict=True)] for counts in _counts[key]]
+    padded = flat.new_zeros(max(map(sum, lengths)))
+    padded[: flat.numel()] = flat
+    gathered = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(gathered, padded)
-    return torch.cat([part[:c] for part, c in zip(gathered, counts, strict=True)])
+    parts = [part[: sum(sizes)].split(sizes) for part, sizes in zip(gathered, lengths, strict=True)]
+    return tuple(
+        torch.cat(pieces).reshape(-1, *tensor.shape[1:]).to(tensor.dtype)
+        for tensor, pieces in zip(tensors, zip(*parts, strict=True), strict=True)
+    )
 
 
 def mean_over_processes(values: list[float]) -> list[float]:

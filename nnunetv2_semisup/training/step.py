@@ -101,7 +101,8 @@ def finish_step(
     device = network_parameters[0].device
     flags = torch.full((1,), float(stop_wanted), device=device)
     flags = torch.cat([flags, torch.stack([~torch.isfinite(v) for v in values.values()]).any()[None].float()])
-    flags = average_gradients([*network_parameters, *method_parameters], flags)
+    trained = [p for p in (*network_parameters, *method_parameters) if p.requires_grad]
+    flags = average_gradients(trained, flags)
     if scaler is not None:
         scaler.unscale_(optimizer)
     norm = clip_grad_norm_(network_parameters, MAX_GRADIENT_NORM)
@@ -109,10 +110,13 @@ def finish_step(
         norm = norm + 0 * clip_grad_norm_(method_parameters, MAX_GRADIENT_NORM)  # not finite if either is not
 
     scalars = {**{f"loss_{name}": value for name, value in values.items()}, "gradient_norm": norm, **diagnostics}
-    *numbers, stop, not_finite = torch.stack(
-        [s.detach().float().reshape(()) for s in [*scalars.values(), *flags]]
-    ).tolist()
-    named = dict(zip(scalars, numbers, strict=True))
+    stacked = torch.stack([scalar.detach().float().reshape(()) for scalar in scalars.values()])
+    numbers = torch.cat([stacked, flags.float()]).tolist()
+    named = dict(zip(scalars, numbers, strict=False))
+    stop, not_finite, *had_gradient = numbers[len(scalars) :]
+    for parameter, had in zip(trained, had_gradient, strict=False):  # empty in a single process
+        if not had:  # on no process: without a gradient the optimiser leaves it alone, weight decay included
+            parameter.grad = None
     overflow = bool(not_finite) or not math.isfinite(named["gradient_norm"])
     if not overflow:
         optimizer.step() if scaler is None else scaler.step(optimizer)

@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from helpers import make_batch, spawn
 from torch import distributed as dist
 
+from nnunetv2_semisup.errors import TrainingFailed
 from nnunetv2_semisup.training.distributed import average_gradients, broadcast_state, gather_rows
+from nnunetv2_semisup.training.step import finish_step
 
 MEAN_TEACHER = "nnUNetTrainerMeanTeacher"
 SETTINGS = {"noise_std": 0.0, "consistency_weight": 1.0}
@@ -24,7 +27,7 @@ def gradients_and_flags(rank: int, folder: Path) -> None:
     flags = average_gradients([used, unused_here, unused], torch.tensor([float(rank), 0.0]))
     assert torch.equal(used.grad, torch.full((2, 3), 1.5))
     assert torch.equal(unused_here.grad, torch.full((4,), 0.5)) and torch.equal(unused.grad, torch.zeros(1))
-    assert flags.tolist() == [1.0, 0.0]
+    assert flags.tolist() == [1.0, 0.0, 2.0, 1.0, 0.0], "the flags, then how many had each gradient"
     module = torch.nn.BatchNorm1d(2)
     torch.nn.init.constant_(module.weight, rank)
     module.running_mean.fill_(rank)
@@ -75,8 +78,6 @@ def test_a_training_step_of_two_processes_is_the_mean_step(tiny, tmp_path):
         batch = make_batch(alone, seed)
         for group in alone.method.losses(alone.network, batch, batch["unlabelled"], alone.progress):
             (sum(w * v for w, v in group.values()) / 2).backward()
-    for parameter in alone.network.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     torch.nn.utils.clip_grad_norm_(alone.network.parameters(), 12)
     alone.optimizer.step()
     for key, value in alone.network.state_dict().items():
@@ -120,14 +121,62 @@ def test_two_processes_in_the_wrapper_stay_equal_and_stop_together(tiny, tmp_pat
 
 
 def gather_unequal_rows(rank: int, folder: Path) -> None:
-    rows = torch.full((rank + 1, 2), float(rank))
-    assert torch.equal(gather_rows(rows), torch.tensor([[0.0, 0], [1, 1], [1, 1]]))
-    assert torch.equal(gather_rows(torch.full((2 - rank,), rank)), torch.tensor([0, 0, 1]))
+    calls = []
+    exchange = dist.all_gather
+    dist.all_gather = lambda *arguments: (calls.append(1), exchange(*arguments))
+    rows, numbers = torch.full((rank + 1, 2), float(rank), dtype=torch.float16), torch.full((2 - rank,), rank)
+    for expected_calls in (2, 1, 1):  # the numbers of rows are exchanged once, then everything in one piece
+        calls.clear()
+        gathered = gather_rows(rows, numbers, torch.tensor([rank == 1]))
+        assert torch.equal(gathered[0], torch.tensor([[0.0, 0], [1, 1], [1, 1]], dtype=torch.float16))
+        assert torch.equal(gathered[1], torch.tensor([0, 0, 1]))
+        assert torch.equal(gathered[2], torch.tensor([False, True]))
+        assert len(calls) == expected_calls
 
 
-def test_rows_of_unequal_batches_are_gathered_in_order(tmp_path):
+def test_rows_of_unequal_batches_are_gathered_in_order_and_in_one_piece(tmp_path):
     spawn(tmp_path, gather_unequal_rows)
-    assert torch.equal(gather_rows(torch.ones(3)), torch.ones(3))
+    [rows] = gather_rows(torch.ones(3))
+    assert torch.equal(rows, torch.ones(3))
+
+
+def step_with_unused_parameters(rank: int, folder: Path) -> None:
+    """The first parameter is used by both, the second by rank 0 alone, the third by none."""
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, weight_decay=0.5)
+    loss = parameters[0].sum() * (rank + 1) + (parameters[1].sum() if rank == 0 else 0)
+    loss.backward()
+    result = finish_step({"x": 1.0}, {"x": loss.detach()}, {}, parameters, [], optimizer, None, rank == 1)
+    assert result.stop and not result.overflow
+    assert parameters[2].grad is None and torch.equal(parameters[2], torch.ones(2)), "no weight decay either"
+    torch.testing.assert_close(parameters[0].grad, torch.full((2,), 1.5))
+    torch.testing.assert_close(parameters[1].grad, torch.full((2,), 0.5))
+
+
+def test_a_parameter_without_gradient_on_all_processes_stays_without(tmp_path):
+    spawn(tmp_path, step_with_unused_parameters)
+
+
+def fail_on_rank_1(rank: int, folder: Path, variables: dict, dataset) -> None:
+    """A value that is not finite on one process alone; rank 0 takes its time to write."""
+    trainer = build_on_rank(rank, variables, dataset, 5, MEAN_TEACHER, **SETTINGS)
+    save = trainer.save_checkpoint
+
+    def slowly(filename):
+        time.sleep(1)
+        save(filename)
+
+    trainer.save_checkpoint = slowly if rank == 0 else save
+    batch = make_batch(trainer, rank)
+    if rank == 1:
+        batch["data"] *= torch.nan
+    with pytest.raises(TrainingFailed):
+        trainer.train_step(batch)
+    assert os.path.isfile(os.path.join(trainer.output_folder, "checkpoint_failed.pth")), "also for who failed first"
+
+
+def test_processes_fail_together_when_the_checkpoint_is_written(tiny, tmp_path):
+    spawn(tmp_path, fail_on_rank_1, tiny.variables(tmp_path / "results"), tiny)
 
 
 def step_through_the_stages(rank: int, folder: Path, variables: dict, dataset, name: str) -> None:

@@ -1,0 +1,47 @@
+"""Costs counted on tensors without values, against those counted on real ones."""
+
+import pytest
+import torch
+
+from nnunetv2_semisup import cli
+from nnunetv2_semisup.benchmark import counted, records, speed
+
+NAMES = ["nnUNetTrainerMeanTeacher", "nnUNetTrainerSimCVD", "nnUNetTrainerACTIONPlusPlus", "nnUNetTrainerSSNet"]
+
+
+def test_live_tensors_are_added_up():
+    with counted._Fake(), counted._Live() as live:
+        a = torch.empty(1000)
+        b = a * 2
+        view = b.reshape(10, 100)
+        c = torch.cat([a, b])
+        assert live.now == 4000 * 4 and view.numel() == 1000
+        del c
+        assert (live.now, live.peak) == (4000 * 2, 4000 * 4)
+        b.add_(1)
+        assert live.now == 4000 * 2
+        assert float(a.sum()) == 0.0, "values that are asked for"
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_operations_are_those_of_real_tensors(tiny, configuration, tmp_path, monkeypatch):
+    rows = {row["trainer"]: row for row in counted.count(tiny.name, configuration, "nnUNetPlans", NAMES)}
+    assert rows["nnUNetTrainer"]["operations_ratio"] == 1.0 and len(rows) == 5
+    stock = speed.counted_operations(speed.build(tiny.name, configuration, "nnUNetPlans", "nnUNetTrainer", "cpu"))
+    for name in NAMES:
+        trainer = speed.build(tiny.name, configuration, "nnUNetPlans", name, "cpu")
+        speed.step(trainer, speed.random_batch(trainer), speed.POINTS[0])
+        expected = speed.counted_operations(trainer) / stock
+        assert rows[name]["operations_ratio"] == pytest.approx(expected, rel=1e-6), name
+        held = sum(t.numel() * t.element_size() for t in trainer.network.parameters()) / 2**30
+        assert rows[name]["gib"] > 3 * held, "weights, gradients, momentum"
+
+
+def test_command(tiny, tmp_path, capsys):
+    arguments = ["--counted", "-d", "901", "-tr", "nnUNetTrainerPasteMatch", "--results", str(tmp_path / "out")]
+    assert cli.benchmark([*arguments, "-o", str(tmp_path / "work")]) == 0
+    assert "| `nnUNetTrainerPasteMatch` | 2." in capsys.readouterr().out
+    rows = records.read_csv(tmp_path / "out" / "counted.csv")
+    assert [row["trainer"] for row in rows] == ["nnUNetTrainer", "nnUNetTrainerPasteMatch"]
+    assert cli.benchmark([*arguments, "-o", str(tmp_path / "work")]) == 0
+    assert len(records.read_csv(tmp_path / "out" / "counted.csv")) == 2, "the same rows are replaced"
