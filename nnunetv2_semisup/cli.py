@@ -33,19 +33,32 @@ def command(function):
 def trainers(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_trainers",
-        description="Print the folder that nnU-Net has to know: "
-        "export nnUNet_extTrainer=$(nnUNetv2_semisup_trainers). Only needed where Python's start-up lines do not run "
-        "(pip install --target, locked-down sites).",
+        description="The semi-supervised trainers and their settings. --folder is for places where Python's start-up "
+        "lines do not run (pip install --target, locked-down sites): "
+        "export nnUNet_extTrainer=$(nnUNetv2_semisup_trainers --folder)",
     )
-    parser.add_argument("--check", action="store_true", help="resolve every trainer through nnU-Net's own finder")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--list", action="store_true", help="all trainers: cost, memory, when to use them")
+    mode.add_argument("--settings", metavar="TRAINER", help="its settings: default, range, unit, source")
+    mode.add_argument("--folder", action="store_true", help="the folder that nnU-Net has to know")
+    mode.add_argument("--check", action="store_true", help="resolve every trainer through nnU-Net's own finder")
+    parser.add_argument("-d", metavar="ID", help="with --settings: show what the plans of this data set say, too")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans of -d (default: %(default)s)")
     args = parser.parse_args(arguments)
     from nnunetv2_semisup import discovery
 
-    if not args.check:
+    if args.folder:
         print(discovery.ext_trainers_folder())
-        return
-    for name, file in discovery.check().items():
-        print(f"{name}  {file}")
+    elif args.check:
+        for name, file in discovery.check().items():
+            print(f"{name}  {file}")
+    elif args.list:
+        print(discovery.overview())
+    elif args.settings:
+        plans_file = None if args.d is None else _preprocessed_folder(args.d) / f"{args.p.removesuffix('.json')}.json"
+        print(discovery.settings_overview(args.settings, plans_file))
+    else:
+        parser.print_help()
 
 
 @command
@@ -74,16 +87,20 @@ def plans(arguments: list[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="TRAINER.KEY=VALUE",
-        help="a setting, e.g. nnUNetTrainerCrossMatch.conf_tau=0.9; repeatable",
+        help="a setting, e.g. nnUNetTrainerCrossMatch.conf_tau=0.9; repeatable. Settings that plans of the new name "
+        "have already are kept",
     )
+    add("--unset", action="append", default=[], metavar="TRAINER.KEY", help="remove a setting; repeatable")
     args = parser.parse_args(arguments)
     from nnunetv2_semisup import plans as plans_module
 
     folder = _preprocessed_folder(args.d)
     batch_size = None if args.batch_size is None else {2: args.batch_size, 3: args.batch_size}
     size = plans_module.Size(args.features, batch_size, args.patch_size, args.coarsen)
-    file = plans_module.derive(folder, args.p, args.o, args.preset, args.set, size)
-    print(f"Wrote {file}")
+    before = plans_module.settings_in(folder, args.p, args.o)
+    file = plans_module.derive(folder, args.p, args.o, args.preset, args.set, size, args.unset)
+    changes = plans_module.changed_settings(before, plans_module.settings_in(folder, args.p, args.o))
+    print("\n".join([f"Wrote {file}", *(f"  {change}" for change in changes)]))
     _write_missing_splits(folder)
     name, base = args.o.removesuffix(".json"), args.p.removesuffix(".json")
     if (size.with_preset(args.preset).coarsen or 1) > 1:
@@ -224,6 +241,36 @@ def selftrain(arguments: list[str] | None = None) -> None:
     rounds = (args.d, args.o, args.rounds)
     options = selftrain_module.Options(*rounds, args.c, tuple(args.f), args.tr, args.p, args.drop, args.min_confidence)
     print(selftrain_module.self_train(options, args.device, args.np or default_num_processes))
+
+
+@command
+def export(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_semisup_export",
+        description="A trained model as a zip file or folder that plain nnU-Net installs and predicts with, without "
+        "this package.",
+    )
+    _dataset_argument(parser)
+    parser.add_argument("-tr", required=True, metavar="TRAINER", help="as it was trained, with its number of epochs")
+    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans (default: %(default)s)")
+    parser.add_argument("-c", default="3d_fullres", metavar="CONFIGURATION", help="default: %(default)s")
+    parser.add_argument("-f", nargs="+", default=["all"], metavar="FOLD", help="all, or numbers (default: all)")
+    parser.add_argument(
+        "-o", required=True, type=Path, metavar="OUTPUT", help="a name that ends with .zip, or a folder"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["as_trained", "student", "teacher"],
+        default="as_trained",
+        help="default: those that the training itself predicts with",
+    )
+    parser.add_argument(
+        "-chk", default="checkpoint_final.pth", metavar="NAME", help="checkpoint (default: %(default)s)"
+    )
+    args = parser.parse_args(arguments)
+    from nnunetv2_semisup import export as export_module
+
+    print(export_module.export(args.d, args.tr, args.p, args.c, args.f, args.o, args.weights, args.chk))
 
 
 @command

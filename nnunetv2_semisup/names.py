@@ -22,7 +22,8 @@ def split_epochs(name: str) -> tuple[str, int | None]:
 
 def nearest(name: str, known: Collection[str]) -> str | None:
     """The name in ``known`` that ``name`` was most likely meant to be, with its epoch suffix; None if none is near."""
-    stem, epochs = split_epochs(name)
+    wrong_plural = re.fullmatch(r"(\w+?)_([1-9]\d*)epochs?", name)
+    stem, epochs = (wrong_plural[1], int(wrong_plural[2])) if wrong_plural else split_epochs(name)
     by_key = {n.lower().removeprefix(PREFIX): n for n in known}
     match = difflib.get_close_matches(stem.lower().removeprefix(PREFIX), by_key, n=1, cutoff=0.6)
     if not match:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nnunetv2_semisup import settings
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import write_json
+from nnunetv2_semisup.files import listed, write_json
 
 DERIVED_FROM = "semisup_derived_from"  # key that marks a plans file as ours; its value is the base's name
 PRESET = "semisup_preset"  # key that holds the preset, null without one
@@ -95,16 +95,19 @@ def derive(
     preset: str | None,
     overrides: list[str],
     size: Size = Size(),
+    removed: Sequence[str] = (),
 ) -> Path:
     """Write the plans file ``<name>.json``, derived from ``<base>.json``.
 
     Args:
         preprocessed_dataset_folder: the data set's folder in nnUNet_preprocessed.
         base: name of existing plans, e.g. ``nnUNetPlans``.
-        name: name of the new plans, with or without ``.json``. A file of that name is replaced only if we derived it.
+        name: name of the new plans, with or without ``.json``. A file of that name is replaced only if we derived it,
+            and the settings in it are kept.
         preset: one of ``PRESETS``, or None.
         overrides: ``TRAINER.KEY=VALUE`` each, TRAINER without epoch suffix; they beat the base's, the last one wins.
         size: beats the preset. Where neither says anything, the configurations stay as they are, all of them.
+        removed: ``TRAINER.KEY`` each, settings that the new plans must not have.
 
     Returns:
         The written file.
@@ -123,12 +126,49 @@ def derive(
     if target.exists() and not _derived_by_us(target):
         raise InputError(f"{target} exists and was not derived by this command: choose another name")
 
-    plans = with_settings(plans, parse_overrides(overrides), f"{base}.json with --set")
+    origin = name if target.exists() else base
+    if before := settings_in(folder, base, name):
+        plans = {**plans, "semisup": before}
+    plans = with_settings(plans, parse_overrides(overrides), f"{origin}.json with --set")
+    plans = without_settings(plans, removed, f"{origin}.json")
     if size != Size():
         plans = resized(plans, size, name)
     plans |= {"plans_name": name, DERIVED_FROM: base, PRESET: preset}
     write_json(target, plans, indent=4)
     return target
+
+
+def settings_in(folder: Path, base: str, name: str) -> dict[str, dict]:
+    """The settings that :func:`derive` starts from: those of the plans ``name`` if they exist, else of ``base``."""
+    for file in (folder / f"{name.removesuffix('.json')}.json", folder / f"{base.removesuffix('.json')}.json"):
+        content = _read_or_none(file)
+        if isinstance(content, dict):
+            return content.get("semisup", {})
+    return {}
+
+
+def without_settings(plans: dict, removed: Sequence[str], where: str) -> dict:
+    """``plans`` without the settings ``TRAINER.KEY``; an InputError names one that is not there."""
+    kept = copy.deepcopy(plans.get("semisup", {}))
+    for text in removed:
+        trainer, _, key = text.partition(".")
+        if key not in kept.get(trainer, {}):
+            there = listed([f"{name}.{k}" for name, values in kept.items() for k in values])
+            raise InputError(f"--unset {text}: {where} has no such setting; it has {there or 'none'}")
+        del kept[trainer][key]
+    return {**plans, "semisup": {name: values for name, values in kept.items() if values}} if kept else plans
+
+
+def changed_settings(before: dict[str, dict], after: dict[str, dict]) -> list[str]:
+    """``TRAINER.KEY: old -> new`` for every setting that differs."""
+    lines = []
+    for trainer in sorted({*before, *after}):
+        old, new = before.get(trainer, {}), after.get(trainer, {})
+        for key in sorted({*old, *new}):
+            texts = [json.dumps(values[key]) if key in values else "not set" for values in (old, new)]
+            if texts[0] != texts[1]:
+                lines.append(f"{trainer}.{key}: {texts[0]} -> {texts[1]}")
+    return lines
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, dict]:

@@ -151,6 +151,36 @@ def parse_value(text: str):
         return text
 
 
+def describe(settings_class: type[SemiSupSettings], current: dict | None = None) -> list[dict[str, str]]:
+    """A row for every setting: name, default, published where that differs, range, unit, source.
+
+    Args:
+        settings_class: of a method.
+        current: what plans set for it; then the rows have ``plans`` too, empty where they say nothing.
+    """
+    rows = []
+    for f in dataclasses.fields(settings_class):
+        other = settings_class.published.get(f.name, f.default)
+        row = {
+            "name": f.name,
+            "default": json.dumps(f.default),
+            "published": "" if other == f.default else json.dumps(other),
+            "range": f.metadata["within"] or _readable_hint(typing.get_type_hints(settings_class)[f.name]),
+            "unit": f.metadata["unit"],
+            "source": f.metadata["source"],
+        }
+        if current is not None:
+            row["plans"] = json.dumps(current[f.name]) if f.name in current else ""
+        rows.append(row)
+    return rows
+
+
+def _readable_hint(hint) -> str:
+    """What a setting without an interval may be."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return " or ".join("true or false" if option is bool else _readable(option) for option in options)
+
+
 def as_json(settings: SemiSupSettings) -> dict:
     """The settings as a dict that ``json.dump`` takes and ``resolve`` reads back."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}

@@ -1,14 +1,22 @@
 """Arguments in, one line and exit code 2 for wrong input."""
 
+import dataclasses
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from nnunetv2_semisup import cli, discovery
+from nnunetv2_semisup import cli, discovery, files
+from nnunetv2_semisup.benchmark import records
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 COMMANDS = [
     *(cli.trainers, cli.plans, cli.preprocess, cli.hide_labels, cli.add_unlabeled),
-    *(cli.selftrain, cli.evaluate, cli.benchmark, cli.demo),
+    *(cli.selftrain, cli.evaluate, cli.export, cli.benchmark, cli.demo),
 ]
 
 
@@ -21,12 +29,74 @@ def test_help(command, capsys):
 
 def test_trainers(capsys, monkeypatch):
     assert cli.trainers([]) == 0
+    assert "--list" in capsys.readouterr().out, "it says what it can do"
+    assert cli.trainers(["--folder"]) == 0
     assert capsys.readouterr().out.strip() == discovery.ext_trainers_folder()
     monkeypatch.setenv("nnUNet_extTrainer", discovery.ext_trainers_folder())
     assert cli.trainers(["--check"]) == 0
     assert "nnUNetTrainerMeanTeacher  " in capsys.readouterr().out
     monkeypatch.delenv("nnUNet_extTrainer")
     assert cli.trainers(["--check"]) == 2
+
+
+def test_folder_is_quick():
+    """Shells call it at every start: neither torch nor nnU-Net is imported."""
+    code = "import sys; from nnunetv2_semisup import cli; cli.trainers(['--folder']); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_list_tells_cost_and_use_of_every_trainer(capsys):
+    assert cli.trainers(["--list"]) == 0
+    out = capsys.readouterr().out
+    for name, trainer in discovery.trainers().items():
+        method = trainer.method_class
+        assert (
+            f"{name}\n    " in out
+            and f"{method.cost:.1f} stock steps, {method.memory_gib:.1f} GiB; {method.use}" in out
+        )
+
+
+def test_listed_costs_are_the_counted_ones():
+    """Those that results/counted.csv has for 128 x 128 x 128 voxels."""
+    rows = {
+        row["trainer"]: row for row in records.read_csv(RESULTS / "counted.csv") if row["patch"] == "128 x 128 x 128"
+    }
+    for name, trainer in discovery.trainers().items():
+        assert trainer.method_class.cost == pytest.approx(float(rows[name]["operations_ratio"]), abs=0.051), name
+        assert trainer.method_class.memory_gib == pytest.approx(float(rows[name]["gib"]), abs=0.051), name
+
+
+def test_settings_of_a_trainer(tiny, capsys):
+    plans = tiny.plans
+    plans["semisup"] = {"nnUNetTrainerCrossMatch": {"conf_tau": 0.9}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "read_object", lambda file, remedy, *keys: plans)
+        assert cli.trainers(["--settings", "nnUNetTrainerCrossMatch", "-d", "901"]) == 0
+    out = capsys.readouterr().out
+    assert "conf_tau = 0.85; " in out and "nnUNetPlans: 0.9" in out
+    for field in dataclasses.fields(discovery.settings_class("nnUNetTrainerCrossMatch")):
+        assert f"\n{field.name} = " in f"\n{out}" and field.metadata["source"] in out
+    assert cli.trainers(["--settings", "CrossMatch"]) == 2
+    one_error_line(capsys, "did you mean nnUNetTrainerCrossMatch?")
+
+
+def test_plans_keep_what_they_had_and_say_what_changes(tiny, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / tiny.name
+    shutil.copytree(tiny.preprocessed, folder)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    arguments = ["-d", "901", "-o", "mine"]
+    assert cli.plans([*arguments, "--set", "nnUNetTrainerCrossMatch.conf_tau=0.9"]) == 0
+    assert "nnUNetTrainerCrossMatch.conf_tau: not set -> 0.9\n" in capsys.readouterr().out
+    more = ["--set", "nnUNetTrainerCrossMatch.conf_tau=0.95", "--set", "nnUNetTrainerMeanTeacher.num_epochs=7"]
+    assert cli.plans([*arguments, *more]) == 0
+    out = capsys.readouterr().out
+    assert "conf_tau: 0.9 -> 0.95\n" in out and "nnUNetTrainerMeanTeacher.num_epochs: not set -> 7\n" in out
+    assert cli.plans([*arguments, "--unset", "nnUNetTrainerCrossMatch.conf_tau"]) == 0
+    assert "conf_tau: 0.95 -> not set\n" in capsys.readouterr().out
+    kept = json.loads((folder / "mine.json").read_text())["semisup"]
+    assert kept == {"nnUNetTrainerMeanTeacher": {"num_epochs": 7}}
+    assert cli.plans([*arguments, "--unset", "nnUNetTrainerCrossMatch.conf_tau"]) == 2
+    one_error_line(capsys, "mine.json has no such setting; it has nnUNetTrainerMeanTeacher.num_epochs")
 
 
 def one_error_line(capsys, *words) -> None:

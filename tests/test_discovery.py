@@ -31,6 +31,10 @@ def test_register_appends_once_and_keeps_what_is_there(monkeypatch):
         ("nnUNetTrainerMeanTeachr", "nnUNetTrainerMeanTeacher"),
         ("nnUNetTrainermeanteacher_20epochs", "nnUNetTrainerMeanTeacher_20epochs"),
         ("nnUNetTrainerMeansTeacher_1epoch", "nnUNetTrainerMeanTeacher_1epoch"),
+        ("nnUNetTrainerMeanTeacher_5epoch", "nnUNetTrainerMeanTeacher_5epochs"),
+        ("nnUNetTrainerMeanTeacher_1epochs", "nnUNetTrainerMeanTeacher_1epoch"),
+        ("MeanTeacher", "nnUNetTrainerMeanTeacher"),
+        ("CrossMatch_20epochs", "nnUNetTrainerCrossMatch_20epochs"),
         ("nnUNetTrainerQQQQ", None),
         ("nnUNetTrainer_5epochs", None),
     ],
@@ -60,7 +64,7 @@ def test_check_finds_all_and_says_from_where(monkeypatch):
 
 def test_check_fails_when_nnunet_cannot_find_them(monkeypatch):
     monkeypatch.delenv("nnUNet_extTrainer")
-    with pytest.raises(InputError, match=r"export nnUNet_extTrainer=\$\(nnUNetv2_semisup_trainers\)"):
+    with pytest.raises(InputError, match=r"export nnUNet_extTrainer=\$\(nnUNetv2_semisup_trainers --folder\)"):
         discovery.check()
 
 

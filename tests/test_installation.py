@@ -44,7 +44,7 @@ def environment(request, tmp_path_factory):
 
 def test_registers_itself(environment, tmp_path):
     shown = run(environment, "-c", "import os; print(os.environ['nnUNet_extTrainer'])", cwd=tmp_path)
-    printed = run(environment.parent / "nnUNetv2_semisup_trainers", cwd=tmp_path)
+    printed = run(environment.parent / "nnUNetv2_semisup_trainers", "--folder", cwd=tmp_path)
     assert shown.stdout == printed.stdout != ""
     assert Path(printed.stdout.strip(), "nnunetv2_semisup_trainers.py").is_file()
 
@@ -68,7 +68,7 @@ def test_another_environment_that_inherits_the_variable_is_not_disturbed(environ
         "import sys; sys.modules['nnunetv2_semisup'] = None; sys.path.insert(0, sys.argv[1])\n"
         "import nnunetv2_semisup_trainers as module; print([n for n in dir(module) if n.startswith('nnUNet')])"
     )
-    folder = run(environment.parent / "nnUNetv2_semisup_trainers", cwd=tmp_path).stdout.strip()
+    folder = run(environment.parent / "nnUNetv2_semisup_trainers", "--folder", cwd=tmp_path).stdout.strip()
     assert run(environment, "-c", code, folder, cwd=tmp_path).stdout.strip() == "[]"
     line = (REPOSITORY / "nnunetv2_semisup" / "ext_trainers" / "nnunetv2_semisup.pth").read_text()
     left_behind = run(sys.executable, "-I", "-S", "-c", line, cwd=tmp_path)

@@ -78,7 +78,8 @@ def measure(count: int) -> str:
             image.unlink()
         tidy, _ = timed(preprocess.preprocess_unlabeled, *arguments, 1, log=lambda line: None)
     median = sorted(steps)[len(steps) // 2]
-    return f"| {count} | {start:.2f} | {begin:.2f} | {tidy:.2f} | {1000 * median:.0f} | {parent:.0f} | {max(workers):.0f} |"
+    seconds, rest = (start, begin, tidy), (1000 * median, parent, max(workers))
+    return f"| {' | '.join([str(count), *(f'{n:.2f}' for n in seconds), *(f'{n:.0f}' for n in rest)])} |"
 
 
 def main() -> int:

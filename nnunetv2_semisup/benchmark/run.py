@@ -242,7 +242,7 @@ def _check_trainer(name: str) -> None:
             recursive_find_trainer_class_by_name(name)
     except RuntimeError:
         raise InputError(
-            f"nnU-Net finds no trainer {name}: ours, at any length, are listed by nnUNetv2_semisup_trainers --check; "
+            f"nnU-Net finds no trainer {name}: ours, at any length, are listed by nnUNetv2_semisup_trainers --list; "
             "where they are found, stock nnUNetTrainer exists at any length too"
         ) from None
 

@@ -51,6 +51,7 @@ class MeanTeacher(SemiSupMethod[MeanTeacherSettings]):
     """
 
     settings_class = MeanTeacherSettings
+    cost, memory_gib, use = 2.3, 4.8, "the baseline that every paper has"
     unsupervised_weights = ("consistency_weight",)
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: MeanTeacherSettings):

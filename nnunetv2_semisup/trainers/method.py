@@ -69,6 +69,12 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
     #: True: the unlabelled batch has ``partners``, another draw of as many patches to mix with.
     wants_partners: bool = False
 
+    #: For ``nnUNetv2_semisup_trainers --list``: stock steps a step costs, and GiB of live tensors (stock: 4.6), both
+    #: counted with 128 x 128 x 128 voxels, batch 2 and fp16; and when to use the method.
+    cost: ClassVar[float]
+    memory_gib: ClassVar[float]
+    use: ClassVar[str]
+
     head_weights: Tensor
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: Settings):

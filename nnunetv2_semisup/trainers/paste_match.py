@@ -73,6 +73,7 @@ class PasteMatch(SemiSupMethod[PasteMatchSettings]):
     """
 
     settings_class = PasteMatchSettings
+    cost, memory_gib, use = 2.3, 4.8, "the first to try where labels are few"
     unsupervised_weights = ("weight",)
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: PasteMatchSettings):

@@ -85,7 +85,7 @@ def read_own_part(filename: str, trainer: str, epochs: int) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or is a checkpoint of another trainer.
     """
-    checkpoint = _load_plain(filename)
+    checkpoint = load_plain(filename)
     writer = checkpoint.get("trainer_name")
     ours = checkpoint.get(KEY)
     if isinstance(ours, dict):
@@ -106,8 +106,12 @@ def read_own_part(filename: str, trainer: str, epochs: int) -> dict[str, Any]:
     return ours
 
 
-def _load_plain(filename: str) -> dict[str, Any]:
-    """Content of a checkpoint file, tensors and plain values only."""
+def load_plain(filename: str) -> dict[str, Any]:
+    """Content of a checkpoint file of nnU-Net or ours, tensors and plain values only.
+
+    Raises:
+        InputError: it cannot be read, has changed since it was written, or holds more than that.
+    """
     try:
         with zipfile.ZipFile(filename) as parts:
             if broken := parts.testzip():
