@@ -70,8 +70,12 @@ def _blocks(stream: BinaryIO, size: int = 1 << 20) -> Iterator[bytes]:
 
 
 def _decompressed(stream: BinaryIO) -> Iterator[bytes]:
-    """A gzip file in pieces. What follows its last member is left alone, as readers of NIfTI do."""
-    member = zlib.decompressobj(wbits=31)
+    """A gzip file in pieces. What follows its last member is left alone, as readers of NIfTI do.
+
+    Raises:
+        EOFError: not even its first member is whole.
+    """
+    member, one_is_whole = zlib.decompressobj(wbits=31), False
     for piece in _blocks(stream, 1 << 16):
         while piece:
             if member.eof:
@@ -80,6 +84,9 @@ def _decompressed(stream: BinaryIO) -> Iterator[bytes]:
                 member = zlib.decompressobj(wbits=31)
             yield from filter(None, [member.decompress(piece)])
             piece = member.unused_data
+            one_is_whole |= member.eof
+    if not one_is_whole:
+        raise EOFError("the compressed data end too early")
 
 
 def _nifti_shape(header: Nifti1Header) -> list[int]:

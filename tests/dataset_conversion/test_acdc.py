@@ -156,7 +156,7 @@ def test_labels_of_unlabelled_patients_are_not_read(raw, tmp_path):
     (source / "training" / "patient021" / "patient021_frame01_gt.nii.gz").unlink()
     acdc.convert(source, 27, "1")
     h5 = make_source("h5", tmp_path / "h5")
-    write_h5(h5 / "data" / "patient050_frame01.h5", image=np.ones((3, 4, 5)), label="poison")
+    write_h5(h5 / "data" / "patient050_frame01.h5", image=np.arange(60.0).reshape(3, 4, 5), label="poison")
     acdc.convert(h5, 28, "1")
 
 

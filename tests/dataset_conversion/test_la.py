@@ -439,8 +439,8 @@ def damage_h5(folder: Path, kind: str) -> None:
         ("label shape", r"label has shape \(3, 5, 8\), the image \(8, 5, 3\)"),
         ("nan", "not finite"),
         ("inf", "not finite"),
-        ("rank", r"shape \(8, 5\), expected a volume"),
-        ("text", "expected numbers"),
+        ("rank", r"shape \(8, 5\), expected 3 axes"),
+        ("text", "expected real numbers"),
     ],
 )
 @pytest.mark.parametrize("case", ["C2", "T1"])
@@ -493,8 +493,8 @@ def damage_nrrd(folder: Path, kind: str) -> None:
         ("origin", "laendo.nrrd: its header differs .*; is it the label of another case.*correct the header"),
         ("direction", "laendo.nrrd: its header differs"),
         ("nan", "lgemri.nrrd: .* not finite"),
-        ("rank 2", "lgemri.nrrd: .* volume of three axes"),
-        ("rank 4", "lgemri.nrrd: .* volume of three axes"),
+        ("rank 2", "lgemri.nrrd: .* expected 3 axes"),
+        ("rank 4", "lgemri.nrrd: .* expected 3 axes"),
     ],
 )
 def test_damaged_nrrd(kind, match, raw, tmp_path):

@@ -440,7 +440,7 @@ def test_an_interrupted_run_leaves_the_old_files(folders, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("csv.DictWriter.writerows", full)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match=r"cases.csv cannot be written \(no space left"):
         folders.evaluate()
     assert (folders.output / "cases.csv").read_text() == before
 
