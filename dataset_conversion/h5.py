@@ -36,7 +36,7 @@ def _own_dataset(file: Any, name: str, path: Path) -> Any:
 
     if isinstance(file.get(name, getlink=True), h5py.ExternalLink):
         raise InputError(f"{path}: {name!r} is a link to another file; put the values into this one")
-    data = file[name] if name in file else None
+    data = file[name] if name in file else None  # noqa: SIM401 - whoever watches sees what is opened
     if not isinstance(data, h5py.Dataset):
         raise InputError(f"{path}: no dataset {name!r} inside; it must have 'image' and 'label'")
     if data.external or data.is_virtual:

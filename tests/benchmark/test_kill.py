@@ -58,6 +58,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks at processes in /proc")
+@pytest.mark.slow
 def test_killed_three_times_and_restarted(benchmark_data, tmp_path, monkeypatch):
     assert os.environ["nnUNet_n_proc_DA"] == "0"
     whole, killed = tmp_path / "whole", tmp_path / "killed"

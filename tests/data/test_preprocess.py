@@ -304,7 +304,7 @@ def flip_byte(file):
 
 
 DAMAGE = {
-    "truncated": (truncate, "Compressed file ended before the end-of-stream marker"),
+    "truncated": (truncate, "the compressed data end too early"),
     "truncated before compression": (truncate_unzipped, "un_1_0001.nii.gz is cut off, 12496 of 24992 bytes are there"),
     "no image": (lambda file: Path(file).write_text("hello", encoding="utf-8"), "un_1_0001.nii.gz is no NIfTI image"),
     "empty file": (lambda file: Path(file).write_bytes(b""), "un_1_0001.nii.gz is no NIfTI image"),

@@ -532,9 +532,12 @@ def test_a_fold_that_names_cases_that_are_not_there(use, tmp_path):
     dataset = use(make_dataset(tmp_path / "data", LABELS["2 classes"]))
     folds = [{"train": ["lab0", "gone"], "val": ["lab1"]}, {"train": ["lab0"], "val": ["lab1"]}]
     (dataset.preprocessed / "splits_final.json").write_text(json.dumps(folds))
+    trainers = [dataset.trainer(NAME, fold=fold) for fold in (0, 1)]
+    for trainer in trainers:
+        trainer.initialize()
     with pytest.raises(InputError, match='splits_final.json: "train" of fold 0 names cases that are not there: gone'):
-        dataset.trainer(NAME, fold=0).do_split()
-    assert dataset.trainer(NAME, fold=1).do_split() == (["lab0"], ["lab1"])
+        trainers[0].do_split()
+    assert trainers[1].do_split() == (["lab0"], ["lab1"])
 
 
 @pytest.mark.robustness

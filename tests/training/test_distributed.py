@@ -35,10 +35,6 @@ def gradients_and_flags(rank: int, folder: Path) -> None:
     assert not module.weight.any() and not module.running_mean.any()
 
 
-def test_gradients_flags_and_broadcast(tmp_path):
-    spawn(tmp_path, gradients_and_flags)
-
-
 def build_on_rank(rank: int, variables: dict, dataset, seed: int, name: str, **settings):
     """A trainer on the CPU in a process group, started from rank 0's weights."""
     os.environ.update(variables)
@@ -134,10 +130,9 @@ def gather_unequal_rows(rank: int, folder: Path) -> None:
         assert len(calls) == expected_calls
 
 
-def test_rows_of_unequal_batches_are_gathered_in_order_and_in_one_piece(tmp_path):
-    spawn(tmp_path, gather_unequal_rows)
+def test_rows_of_a_single_process_are_themselves():
     [rows] = gather_rows(torch.ones(3))
-    assert torch.equal(rows, torch.ones(3))
+    assert torch.equal(rows, torch.ones(3)) and gather_rows() == ()
 
 
 def step_with_unused_parameters(rank: int, folder: Path) -> None:
@@ -153,8 +148,15 @@ def step_with_unused_parameters(rank: int, folder: Path) -> None:
     torch.testing.assert_close(parameters[1].grad, torch.full((2,), 0.5))
 
 
-def test_a_parameter_without_gradient_on_all_processes_stays_without(tmp_path):
-    spawn(tmp_path, step_with_unused_parameters)
+def exchanges(rank: int, folder: Path) -> None:
+    gradients_and_flags(rank, folder)
+    gather_unequal_rows(rank, folder)
+    step_with_unused_parameters(rank, folder)
+
+
+def test_exchanges_of_two_processes(tmp_path):
+    """Gradients and flags; rows of unequal batches, in order and in one piece; parameters without gradient."""
+    spawn(tmp_path, exchanges)
 
 
 def fail_on_rank_1(rank: int, folder: Path, variables: dict, dataset) -> None:
