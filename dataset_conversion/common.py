@@ -31,6 +31,7 @@ from nnunetv2_semisup.data.checks import (
     check_image,
     check_label,
     check_not_empty,
+    check_shows_something,
     facts_rows,
     table_text,
 )
@@ -315,6 +316,7 @@ def _check(case: Case, images: Sequence[sitk.Image], label: sitk.Image | None, v
     """Check a case; returns class value -> number of voxels."""
     for image in images:
         check_image(sitk.GetArrayViewFromImage(image), case.files[0])
+        check_shows_something(sitk.GetArrayViewFromImage(image), case.files[0])
     if label is None:
         return {}
     array = sitk.GetArrayViewFromImage(label)

@@ -200,7 +200,7 @@ def require_intensities(data: np.ndarray) -> list[int]:
 
 
 def check_image(array: np.ndarray, path: os.PathLike, axes: Sequence[int] = (3,)) -> None:
-    """Raise an InputError unless ``array`` is a real-valued, finite image that shows something.
+    """Raise an InputError unless ``array`` is a real-valued, finite image.
 
     Args:
         array: a volume, or a colour photograph with its channels last.
@@ -217,6 +217,10 @@ def check_image(array: np.ndarray, path: os.PathLike, axes: Sequence[int] = (3,)
             f"{path}: the image has values that are not finite (NaN or infinity); replace them, e.g. by the value of "
             f"the background"
         )
+
+
+def check_shows_something(array: np.ndarray, path: os.PathLike) -> None:
+    """Raise an InputError if all voxels have one value, or some have values that are no intensities."""
     try:
         require_intensities(array[None])
     except ValueError as error:

@@ -261,7 +261,9 @@ def _tell_turned(task: _Task, survey: _Survey, wanted: list[str], log: Callable[
 
 
 def _labelled_axes(task: _Task) -> int | None:
-    """Number of axes of a labelled image; None where they are not at hand."""
+    """Number of axes of a labelled image; None where they are not at hand, and for readers that count on their own."""
+    if not task.plans["image_reader_writer"].startswith("SimpleITK"):
+        return None
     labelled = labelled_cases(Path(nnUNet_raw) / task.dataset_name, task.dataset_json)
     files = (str(entry["images"][0]) for entry in labelled.values() if entry["images"])
     header = next((found for file in files if (found := read_header(file))), None)

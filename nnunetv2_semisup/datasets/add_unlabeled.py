@@ -62,6 +62,7 @@ class Seen:
         has_side: it was read from a file beside the image.
         orientation: e.g. "LPS"; "" for 2D images.
         like_label: whole numbers and fewer than 10 different ones.
+        worthless: why it shows nothing, or "".
     """
 
     case: str
@@ -73,6 +74,7 @@ class Seen:
     has_side: bool
     orientation: str
     like_label: bool
+    worthless: str
 
 
 def add_unlabeled(
@@ -203,10 +205,15 @@ def look(item: Incoming, by_nibabel: bool = False) -> Seen:
     else:
         number = sum(channel.GetNumberOfComponentsPerPixel() for channel in channels)
     turned = images.orientation(first) if axes == 3 else ""
-    few = _has_few_values(sitk.GetArrayViewFromImage(first))
+    few, worthless = _has_few_values(sitk.GetArrayViewFromImage(first)), ""
+    try:
+        for channel, files in zip(channels, item.sources, strict=True):
+            checks.check_shows_something(sitk.GetArrayViewFromImage(channel), files[0])
+    except InputError as error:  # of new images only: nnU-Net takes labelled ones as they are
+        worthless = str(error)
     spacing = _side_spacing(item.side) if item.side else first.GetSpacing()[:axes]
     file, digest = item.sources[0][0], images.content_hash(channels)
-    return Seen(item.case, file, digest, number, axes, spacing, item.side is not None, turned, few)
+    return Seen(item.case, file, digest, number, axes, spacing, item.side is not None, turned, few, worthless)
 
 
 def _side_spacing(file: Path) -> tuple[float, ...]:
@@ -256,6 +263,8 @@ def _check_facts(
 ) -> list[str]:
     """Errors for channels, axes and orientation, and for images like labels; warnings for spacing."""
     for fact in new:
+        if fact.worthless:
+            raise InputError(fact.worthless)
         if fact.channels != channels:
             four = " (the fourth is transparency, save it without)" if (fact.channels, channels) == (4, 3) else ""
             raise InputError(

@@ -103,14 +103,16 @@ def hide_labels(
 
     folds = None if patient_pattern else kept_folds(source, sorted(cases), patient_of, kept)
     headers = {case: read_header(files["images"][0]) for case, files in cases.items()}
-    _check_axes(cases, headers, kept)
+    reader = reader_class(dataset_json, cases).__name__
+    if reader.startswith("SimpleITK"):  # others count the axes themselves
+        _check_axes(cases, headers, kept)
     _check_content(source, cases, kept, dataset_json, processes)
     report = (
         f"  {len(kept)} cases of {len(labelled)} patients keep their labels ({how})\n"
         f"  {len(hidden)} cases go to {RAW_FOLDER} without labels"
     )
     warnings = _leaks(source, hidden, dataset_json["file_ending"])
-    if not turns_images(reader_class(dataset_json, cases).__name__):
+    if not turns_images(reader):
         warnings.append(differing_axes({case: header.axes for case, header in headers.items() if header}, kept))
     report += "".join(f"\n  WARNING: {text}" for text in warnings if text)
     if dry_run:
@@ -263,7 +265,7 @@ def _check_axes(cases: dict[str, dict], headers: dict[str, Header | None], kept:
     """All images must have as many axes as those that keep their labels."""
     usual = Counter(header.number for case in kept if (header := headers[case])).most_common(1)
     for case, header in headers.items():
-        if header and header.number != usual[0][0]:
+        if usual and header and header.number != usual[0][0]:
             raise InputError(
                 f"{cases[case]['images'][0]}: an image of {header.number} axes, the labelled ones have {usual[0][0]}; "
                 f"nnU-Net would stretch it into a volume: remove the case"

@@ -548,3 +548,11 @@ def test_a_folder_variable_that_is_mistyped(dataset, tmp_path, monkeypatch, valu
     monkeypatch.setenv("nnUNet_raw", value.format(dataset.parent))
     with pytest.raises(InputError, match=f"nnUNet_raw is .*, which is not a folder: .*{hint}"):
         add_unlabeled("5", tmp_path, dry_run=True)
+
+
+@pytest.mark.robustness
+def test_a_labelled_image_that_shows_nothing_stops_nobody(dataset, tmp_path):
+    """Input: a labelled image of one value, which nnU-Net takes. Answer: new images are brought in all the same."""
+    write(dataset / "imagesTr" / "b_0000.nii.gz", make_ct(1) * 0)
+    write(tmp_path / "new" / "x.nrrd", make_ct(20))
+    assert "1 cases brought in" in add_unlabeled("5", tmp_path / "new")
