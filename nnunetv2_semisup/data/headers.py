@@ -19,7 +19,7 @@ class Header:
     """Of one image file.
 
     Attributes:
-        number: of axes, as ITK counts them: it drops those of length 1 at the end.
+        number: of axes.
         axes: where they point, e.g. "LPS" = to the left, posterior, superior; "" with two axes.
         is_complex: a voxel is a complex number.
     """
