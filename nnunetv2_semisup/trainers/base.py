@@ -276,6 +276,22 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             streams.end_augmenters(self.dataloader_train, self.dataloader_val)
         if self._stop.wanted:
             sys.exit(self._stop.exit_code)
+        if self.local_rank == 0:
+            self.print_to_log_file(self._summary())
+
+    def _summary(self) -> str:
+        """What came of the training, and the command that comes next."""
+        row = self.training_log.rows[-1] if self.training_log.rows else {}
+        on = "training cases" if self.fold == "all" else "validation cases"
+        numbers = [f"online Dice {self.logger.get_value('mean_fg_dice', -1):.3f} on {on}"]
+        if "share_kept" in row:
+            numbers.append(f"{100 * row['share_kept']:.1f} % of the pseudo-labels kept")
+        manager = self.plans_manager
+        what = f"-d {manager.dataset_name} -c {self.configuration_name} -f {self.fold} -tr {self.__class__.__name__}"
+        return (
+            f"Finished: {', '.join(numbers)}. Log and picture: {self.output_folder}/semisup_log.csv, semisup_progress.png. "
+            f"Next: nnUNetv2_predict {what} -p {manager.plans_name} -i IMAGES -o PREDICTIONS"
+        )
 
     def on_train_start(self):
         if not self.was_initialized:
