@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from helpers import make_batch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from nnunetv2_semisup import discovery, trainers
 from nnunetv2_semisup.trainers import action_plus_plus
@@ -83,6 +85,11 @@ def fake(monkeypatch):
         backward(loss)
         return tuple(torch.zeros_like(tensor) for tensor in ([inputs] if isinstance(inputs, torch.Tensor) else inputs))
 
+    try:
+        with Fake():
+            torch.empty(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:
+        pytest.skip(f"this torch has no fake CUDA tensors: {error}")
     monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.setattr(nn.Module, "_apply", move)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
@@ -128,3 +135,25 @@ def test_a_step_waits_once(name, configuration, kind, datasets, use, fake, monke
             trainer.train_step(batch)
             assert waits.lines == ["step.py: ).tolist()"], f"epoch {epoch}"
         assert all(p.device.type == "cuda" for p in trainer.method.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("configuration", "kind"), CASES)
+def test_a_step_on_a_gpu_waits_once(name, configuration, kind, datasets, use, monkeypatch):
+    monkeypatch.setenv("nnUNet_compile", "f")
+    trainer = build(use(datasets(kind)), name, configuration, "cuda")
+    batch = tree_map_only(torch.Tensor, torch.Tensor.pin_memory, make_batch(trainer))
+    for epoch in range(0, trainer.num_epochs, 2):
+        trainer.current_epoch = epoch
+        for _ in range(2):
+            trainer.train_step(batch)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.train_step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [w for w in caught if "synchroniz" in str(w.message) and OURS in w.filename]
+        assert len(waits) == 1, [f"{w.filename}:{w.lineno}" for w in waits]

@@ -14,8 +14,8 @@ from nnunetv2_semisup.settings import SemiSupSettings, describe
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 HEAD = """# Settings
 
-Made from the trainers by `python -m tools.settings_page`. `nnUNetv2_semisup_trainers --settings TRAINER -d ID -p PLANS` prints the same
-for one trainer, with what the plans say. To change one, derive plans and train with them:
+Made from the trainers by `python -m tools.settings_page`. `nnUNetv2_semisup_trainers --settings TRAINER -d ID -p PLANS`
+prints the same for one trainer, with what the plans say. To change one, derive plans and train with them:
 
     nnUNetv2_semisup_plans -d 508 -o mine --set nnUNetTrainerCrossMatch.conf_tau=0.9
     nnUNetv2_train 508 3d_fullres 0 -tr nnUNetTrainerCrossMatch -p mine

@@ -289,8 +289,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         manager = self.plans_manager
         what = f"-d {manager.dataset_name} -c {self.configuration_name} -f {self.fold} -tr {self.__class__.__name__}"
         return (
-            f"Finished: {', '.join(numbers)}. Log and picture: {self.output_folder}/semisup_log.csv, semisup_progress.png. "
-            f"Next: nnUNetv2_predict {what} -p {manager.plans_name} -i IMAGES -o PREDICTIONS"
+            f"Finished: {', '.join(numbers)}. Log and picture: semisup_log.csv, semisup_progress.png in "
+            f"{self.output_folder}. Next: nnUNetv2_predict {what} -p {manager.plans_name} -i IMAGES -o PREDICTIONS"
         )
 
     def on_train_start(self):
