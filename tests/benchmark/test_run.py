@@ -203,7 +203,7 @@ def test_stock_of_a_length_that_nnunet_does_not_have_is_trained_and_predicts(dat
         ({"plans": "cpu"}, ("cpu.json does not exist", "nnUNetv2_semisup_plans")),
         ({"configuration": "3d_lowres"}, ("no configuration 3d_lowres",)),
         ({"configuration": "3d_cascade_fullres"}, ("no preprocessed", "nnUNetv2_preprocess")),
-        ({"trainer": "nnUNetTrainerNothing"}, ("nnUNetTrainerNothing_1epoch", "--check")),
+        ({"trainer": "nnUNetTrainerNothing"}, ("nnUNetTrainerNothing_1epoch", "--list")),
     ],
 )
 def test_what_is_missing_is_said_before_the_start(dataset, change, words):
