@@ -63,12 +63,15 @@ def _count_one(dataset: str, configuration: str, plans: str, name: str) -> tuple
         step = _in_half_precision(trainer)
         step(batch, speed.POINTS[0])  # the optimiser's state exists from the first step on
         live.peak = 0
-        with FlopCounterMode(display=False) as counter:
+        for point in speed.POINTS:
+            step(batch, point)
+        peak = live.peak
+        with FlopCounterMode(display=False) as counter:  # apart: its hooks keep feature maps alive
             for point in speed.POINTS:
                 step(batch, point)
         operations = counter.get_total_flops() / len(speed.POINTS)
         shape = trainer.configuration_manager.patch_size, trainer.batch_size
-    return operations, live.peak / 2**30, *shape
+    return operations, peak / 2**30, *shape
 
 
 def _modules(trainer: Any) -> list[nn.Module]:

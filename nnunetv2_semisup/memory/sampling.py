@@ -25,6 +25,18 @@ def sample_positions(mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return positions.clamp(max=mask.numel() - 1), slots < count
 
 
+def sample_size(wanted: int | None, most: int, voxels: int, one_in: int) -> int:
+    """How many voxels to sample: small patches need fewer, or they would cost more than the network.
+
+    Args:
+        wanted: a user's number, which is taken as it is, or None.
+        most: what large patches get.
+        voxels: that there are.
+        one_in: without ``wanted``, at most one voxel in so many, but 2.
+    """
+    return min(most, max(2, voxels // one_in)) if wanted is None else wanted
+
+
 def random_choice(number: int, size: int, device: torch.device) -> Tensor:
     """(size,) int64: as many of 0 to number - 1, each at most once, in random order.
 

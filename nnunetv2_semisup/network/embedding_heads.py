@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from nnunetv2_semisup.memory.sampling import rows_at
 
+ROWS_AT_ONCE = 65536  # of the grid, where all of them are needed
+
 
 def mlp(in_features: int, hidden_features: int, out_features: int, relu: bool) -> nn.Sequential:
     """Linear, ReLU or nothing, Linear."""
@@ -111,11 +113,16 @@ class RepresentationHead(nn.Module):
 
         Without gradient: it needs every voxel. The last layer is linear, so it is applied to the means.
         """
-        hidden = self.narrow(features.narrow)
-        if features.wide is not None:
-            hidden += features.wide
-        with torch.autocast(hidden.device.type, enabled=False):
-            sums = members.float() @ torch.relu_(hidden).float()
+        narrow, wide = features.narrow.detach(), None if features.wide is None else features.wide.detach()
+        sums = torch.zeros(len(members), self.narrow.out_features, device=members.device)
+        for start in range(0, members.shape[1], ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            hidden = self.narrow(narrow[part])
+            if wide is not None:
+                hidden += wide[part]
+            with torch.autocast(hidden.device.type, enabled=False):
+                sums += members[:, part].float() @ torch.relu_(hidden).float()
+        with torch.autocast(sums.device.type, enabled=False):
             return self.last(sums / members.sum(1, keepdim=True).clamp(min=1))
 
     def rows(self, features: GridFeatures, positions: Tensor) -> Tensor:

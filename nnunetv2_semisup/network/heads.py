@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -87,18 +88,18 @@ class SliceProjection(nn.Module):
 
     Args:
         dropout: probability of a voxel to be set to SELU's lower limit, in [0, 1); mean and variance are kept.
-        pool_size: voxels per axis of the pooled slice; smaller slices are enlarged.
+        pool_size: rows and columns of the pooled slice; smaller slices are enlarged.
         hidden: widths of the hidden layers.
         out_features: length of the vector.
 
     Reference: SimCVD (You et al., IEEE TMI 2022), figure 1, sections III-D and IV-B.
     """
 
-    def __init__(self, dropout: float, pool_size: int, hidden: tuple[int, ...], out_features: int):
+    def __init__(self, dropout: float, pool_size: tuple[int, int], hidden: tuple[int, ...], out_features: int):
         super().__init__()
         self.dropout = dropout
         self.pool_size = pool_size
-        widths = [pool_size**2, *hidden]
+        widths = [math.prod(pool_size), *hidden]
         layers = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], out_features))
 

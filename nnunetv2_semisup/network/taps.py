@@ -26,23 +26,46 @@ def encode(network: nn.Module, images: Tensor) -> list[Tensor]:
     return _compiled(_encode)(network, images) if _is_compiled(network) else _encode(network, images)
 
 
-def decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
+def decode(
+    network: nn.Module, skips: list[Tensor], deep_supervision: bool = True
+) -> tuple[Tensor | list[Tensor], Tensor]:
     """Run the decoder.
 
     Args:
         network: a network of nnU-Net's plans, not wrapped.
         skips: as :func:`encode` returns them.
+        deep_supervision: False: the logits at full resolution alone, also where the network has it switched on. Outputs
+            that no loss uses cost memory, and compiled they get gradients of zeros.
 
     Returns:
         What ``network(x)`` returns: logits (B, heads, X, Y, Z), or under deep supervision a list of them, highest
         resolution first; and the last features (B, F, X, Y, Z), the input of the last segmentation layer.
     """
-    return _compiled(_decode)(network, skips) if _is_compiled(network) else _decode(network, skips)
+    function = _compiled(_decode) if _is_compiled(network) else _decode
+    return function(network, skips, deep_supervision)
 
 
-def decode_levels(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], list[Tensor]]:
+def decode_levels(
+    network: nn.Module, skips: list[Tensor], deep_supervision: bool = True
+) -> tuple[Tensor | list[Tensor], list[Tensor]]:
     """As :func:`decode`, but with the features of every decoder level, highest resolution first."""
-    return _compiled(_decode_levels)(network, skips) if _is_compiled(network) else _decode_levels(network, skips)
+    function = _compiled(_decode_levels) if _is_compiled(network) else _decode_levels
+    return function(network, skips, deep_supervision)
+
+
+def share(skips: list[Tensor]) -> list[Tensor]:
+    """Skips for several decoder passes that are back-propagated one by one, so that only one of them is in memory.
+
+    The gradients gather in the copies that are returned; :func:`back_propagate_shared` hands them to the encoder.
+    """
+    return [skip.detach().requires_grad_() for skip in skips]
+
+
+def back_propagate_shared(skips: list[Tensor], shared: list[Tensor]) -> None:
+    """Back-propagate through the encoder what has gathered in ``shared``, the copies of ``skips``: their sum, once."""
+    reached = [(skip, copy.grad) for skip, copy in zip(skips, shared, strict=True) if copy.grad is not None]
+    with torch.autocast(skips[0].device.type, enabled=False):
+        torch.autograd.backward([skip for skip, _ in reached], [gradient for _, gradient in reached])
 
 
 def segment(network: nn.Module, features: Tensor) -> Tensor:
@@ -57,7 +80,7 @@ def full_resolution(output: Tensor | list[Tensor]) -> Tensor:
 
 def logits_of(network: nn.Module, skips: list[Tensor]) -> Tensor:
     """Full-resolution logits (B, heads, X, Y, Z) from skips, whether deep supervision is on or not."""
-    return full_resolution(decode(network, skips)[0])
+    return full_resolution(decode(network, skips, deep_supervision=False)[0])
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
@@ -128,21 +151,24 @@ def _encode(network: nn.Module, images: Tensor) -> list[Tensor]:
     return _encoder(network)(images)
 
 
-def _decode(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], Tensor]:
-    output, levels = _decode_levels(network, skips)
+def _decode(network: nn.Module, skips: list[Tensor], deep_supervision: bool) -> tuple[Tensor | list[Tensor], Tensor]:
+    output, levels = _decode_levels(network, skips, deep_supervision)
     return output, levels[0]
 
 
-def _decode_levels(network: nn.Module, skips: list[Tensor]) -> tuple[Tensor | list[Tensor], list[Tensor]]:
+def _decode_levels(
+    network: nn.Module, skips: list[Tensor], deep_supervision: bool
+) -> tuple[Tensor | list[Tensor], list[Tensor]]:
     decoder = _decoder(network)
+    every_level = deep_supervision and decoder.deep_supervision
     features = skips[-1]
     outputs, levels = [], []
     for depth, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
         features = stage(torch.cat((upsample(features), skips[-(depth + 2)]), 1))
         levels.append(features)
-        if decoder.deep_supervision:
+        if every_level:
             outputs.append(decoder.seg_layers[depth](features))
-    if not decoder.deep_supervision:
+    if not every_level:
         return decoder.seg_layers[-1](features), levels[::-1]
     return outputs[::-1], levels[::-1]
 

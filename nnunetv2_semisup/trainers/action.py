@@ -21,6 +21,7 @@ from nnunetv2_semisup.losses.consistency import probabilities
 from nnunetv2_semisup.losses.pseudo_label import PseudoLabel, confidence_weighted_cross_entropy, mix, pseudo_label
 from nnunetv2_semisup.losses.soft_negatives import soft_negative_distillation
 from nnunetv2_semisup.memory.queue import Queue, random_unit_rows
+from nnunetv2_semisup.memory.sampling import sample_size
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.embedding_heads import (
     GridFeatures,
@@ -40,7 +41,8 @@ from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 from nnunetv2_semisup.training.distributed import gather_rows
 
-CANDIDATES = 2048  # voxels per class from which a step's negatives are drawn
+QUERIES, ONE_IN = 256, 256  # voxels per class: as many, and at most one voxel of the grid in so many
+CANDIDATES = 8  # per query: voxels of a class from which a step's negatives are drawn
 LOCAL_WIDTH = (
     32  # at least, of the local heads' hidden layers: 2 units (2 classes) behind a ReLU are often off for good
 )
@@ -94,7 +96,9 @@ class ACTIONSettings(SemiSupSettings):
         0.97, "code: queries are voxels whose student is below it", "probability", within="[0, 1]"
     )
     tau_anco: float = setting(0.5, "paper, code: temperature of the contrast", within="(0, inf)")
-    queries: int = setting(256, "paper, code", "voxels per class", within="[1, inf)")
+    queries: int | None = setting(
+        None, "null: 256, paper and code, on small patches one voxel in 256", "voxels per class", within="[1, inf)"
+    )
     negatives: int = setting(512, "paper, code", "voxels per query", within="[1, inf)")
     tau_classes: float = setting(0.5, "code: temperature of the classes of negatives", within="(0, inf)")
 
@@ -103,6 +107,7 @@ class ACTIONSettings(SemiSupSettings):
         "stage_fractions": (0.25, 0.25, 0.5),
         "lr_restart": True,
         "global_cells": 1,
+        "queries": QUERIES,
     }
 
     def __post_init__(self):
@@ -270,7 +275,8 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
             logits = taps.logits_of(self.teacher.module, skips) if "local" in weights else None
             teacher = self._embeddings(weights, skips[-1], logits, self.teacher_projectors.module)
         skips = taps.encode(network, for_student)
-        output = taps.decode(network, skips)[0] if "local" in weights or known is not None else None
+        decodes = "local" in weights or known is not None
+        output = taps.decode(network, skips, deep_supervision=known is not None)[0] if decodes else None
         logits = None if output is None else taps.full_resolution(output)
         student = self._embeddings(weights, skips[-1], logits, self.projectors, self.predictors)
 
@@ -335,17 +341,17 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
             labelled_classes = class_indices(labelled["target"], regions, self.task.ignore_label)
             reference = self._reference(labelled["data"], labelled_classes)  # before the student's graphs fill memory
         output, levels = taps.decode_levels(network, taps.encode(network, labelled["data"]))
-        mixed_output, mixed_levels = taps.decode_levels(network, taps.encode(network, mixed))
+        mixed_output, mixed_levels = taps.decode_levels(network, taps.encode(network, mixed), deep_supervision=False)
+        mixed_logits = taps.full_resolution(mixed_output)
         terms: Group = {}
         if s.w_unsup:
-            logits = taps.full_resolution(mixed_output)
             weights = self.head_weights
-            value, confident = confidence_weighted_cross_entropy(logits, label, s.confident, weights, regions)
+            value, confident = confidence_weighted_cross_entropy(mixed_logits, label, s.confident, weights, regions)
             terms["pseudo_label"] = (s.w_unsup, value)
             self.diagnostics["share_confident"] = confident.mean()
         contrasted = {k: w for k, w in self.stage_weights(3).items() if w > 0 and k != "pseudo_label"}
         if contrasted:
-            logits = torch.cat((taps.full_resolution(output), taps.full_resolution(mixed_output))).detach()
+            logits = torch.cat((taps.full_resolution(output), mixed_logits)).detach()
             classes = torch.cat((labelled_classes, self._pseudo_classes(label)))
             voxels = self._voxels(levels, mixed_levels, classes, logits)
             values = self._contrasts(voxels, reference, contrasted, progress)
@@ -411,9 +417,10 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
 
     def _anatomical_contrast(self, voxels: Voxels, progress: float) -> Tensor:
         s, head = self.settings, self.representation
-        chosen, has_queries = draw_voxels(voxels.hard, s.queries)
+        number = sample_size(s.queries, QUERIES, voxels.members.shape[1], ONE_IN)
+        chosen, has_queries = draw_voxels(voxels.hard, number)
         with torch.no_grad():
-            pool, present = draw_voxels(voxels.members, CANDIDATES)
+            pool, present = draw_voxels(voxels.members, CANDIDATES * number)
             candidates = head.rows(voxels.features, pool)
             means = head.class_means(voxels.features, voxels.members)
         queries = head.rows(voxels.features, chosen)

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from nnunetv2_semisup.losses.anatomical import adaptive_anatomical_contrast, draw_voxels
 from nnunetv2_semisup.memory.centres import allocate, simplex_centres
 from nnunetv2_semisup.memory.queue import Queue, random_unit_rows
+from nnunetv2_semisup.memory.sampling import sample_size
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.teacher import MovingAverage
 from nnunetv2_semisup.schedules import cosine_temperature
 from nnunetv2_semisup.settings import SemiSupSettings, setting
-from nnunetv2_semisup.trainers.action import ACTION, ACTIONSettings, Voxels, thinned
+from nnunetv2_semisup.trainers.action import ACTION, ONE_IN, QUERIES, ACTIONSettings, Voxels, thinned
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import TaskInfo
 from nnunetv2_semisup.training.distributed import gather_rows
+
+QUEUE = 12288  # of voxels; code
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,25 @@ class ACTIONPlusPlusSettings(ACTIONSettings):
     teacher_sharpness: float = setting(
         0.1, "ours: teacher's over student's temperature, ACTION's 0.01 : 0.1", "factor", within="(0, inf)"
     )
-    voxels: int = setting(256, "code: labelled voxels per class and step", within="[1, inf)")
-    voxel_queue_size: int = setting(12288, "code: earlier teacher embeddings", "voxels", within="[1, inf)")
+    voxels: int | None = setting(
+        None, "null: 256, code, on small patches one in 256: labelled voxels per class and step", within="[1, inf)"
+    )
+    voxel_queue_size: int | None = setting(
+        None,
+        "null: 12288, code, on small patches 4 patches: earlier teacher embeddings",
+        "voxels",
+        within="[1, inf)",
+    )
     centroid_decay: float = setting(0.9, "code: moving average of the class means", "per step", within="[0, 1)")
 
-    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "lr_restart": True, "global_cells": 1}
+    published: ClassVar[dict[str, Any]] = {
+        **SemiSupSettings.published,
+        "lr_restart": True,
+        "global_cells": 1,
+        "queries": QUERIES,
+        "voxels": QUERIES,
+        "voxel_queue_size": QUEUE,
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,8 +105,10 @@ class ACTIONPlusPlus(ACTION):
         s, width = settings, settings.representation_features
         s.require(width >= self.classes, "representation_features", f"at least {self.classes}, the number of classes")
         self.teacher_representation = MovingAverage(self.representation, s.teacher_decay).without_warm_up()
-        self.queues["voxels"] = Queue(random_unit_rows(s.voxel_queue_size, width))
-        self.queues["voxel_labels"] = Queue(torch.full((s.voxel_queue_size,), -1))
+        grid = self.representation.thin(torch.empty(task.patch_size)).numel()
+        size = min(QUEUE, 4 * grid) if s.voxel_queue_size is None else s.voxel_queue_size
+        self.queues["voxels"] = Queue(random_unit_rows(size, width))
+        self.queues["voxel_labels"] = Queue(torch.full((size,), -1))
         self.register_buffer("centres", simplex_centres(self.classes, width))
         self.register_buffer("centroids", torch.zeros(self.classes, width))
         self.register_buffer("allocation", torch.arange(self.classes))
@@ -124,7 +143,8 @@ class ACTIONPlusPlus(ACTION):
     def _reference(self, images: Tensor, classes: Tensor) -> Reference | None:
         if not self.settings.w_aaco:
             return None
-        positions, present = draw_voxels(self._members(classes), self.settings.voxels)
+        members = self._members(classes)
+        positions, present = draw_voxels(members, sample_size(self.settings.voxels, QUERIES, members.shape[1], ONE_IN))
         head = self.teacher_representation.module
         _, levels = taps.decode_levels(self.teacher.module, taps.encode(self.teacher.module, images))
         rows = head.rows(head.on_grid(thinned(head, levels)), positions)

@@ -7,7 +7,7 @@ Strategies and Knowledge Distillation", IEEE JBHI 2024, doi 10.1109/JBHI.2024.34
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -69,9 +69,11 @@ class CrossMatchSettings(SemiSupSettings):
 
 
 class CrossMatch(SemiSupMethod[CrossMatchSettings]):
-    """Four groups per step, the labelled one last; each term is a masked Dice against a pseudo-label without gradient.
+    """Each term is a masked Dice against a pseudo-label without gradient; the labelled stream comes last.
 
-    With u the unlabelled patch, m the patch that CutMix takes boxes from, s1, s2 strong views of u with boxes of m's:
+    A group for each decoder pass: those of one encoder pass share it, and it is back-propagated once, after them. So no
+    more than one encoder's and one decoder's feature maps are held, as in a stock step. With u the unlabelled patch, m
+    the patch that CutMix takes boxes from, s1, s2 strong views of u with boxes of m's:
 
     ========= ====================== =============================================================
     term      student                pseudo-label
@@ -110,14 +112,12 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
             dice = partial(self._dice, threshold=self.threshold(progress))
             patches = unlabelled["data"]
             partners = unlabelled["partners"] if self.wants_partners else patches.roll(1, 0)
-            # Each call returns before its group is yielded, so that no feature map outlives its group.
-            own, terms = self._weak_view(network, patches, dice)
-            yield {name: (teacher, value) for name, value in terms.items()}
+            own = yield from self._weak_view(network, patches, dice, teacher)
             others = self._labels_of_partners(network, partners, own)
+            # The call returns before its group is yielded, so that no feature map outlives it.
             yield {"image_1": (s.w_s1, self._first_strong_view(network, patches, partners, own, others, dice))}
-            terms = self._second_strong_view(network, patches, partners, own, others, dice)
             weights = {"image": s.w_s2, "teacher": teacher, "decoder": decoder}
-            yield {name: (weights[name.split("_")[0]], value) for name, value in terms.items()}
+            yield from self._second_strong_view(network, patches, partners, own, others, dice, weights)
         yield self.supervised(network, labelled)
 
     def threshold(self, progress: float) -> float:
@@ -128,17 +128,22 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
         return (s.conf_tau + (1 - s.conf_tau) * sigmoid_ramp_up(progress, s.conf_ramp_fraction)) * math.log(2)
 
     def _weak_view(
-        self, network: nn.Module, patches: Tensor, dice: Dice
-    ) -> tuple[list[PseudoLabel], dict[str, Tensor]]:
-        """Pseudo-labels of u (clean, weak and strong features), and the terms teacher_1 and teacher_2."""
+        self, network: nn.Module, patches: Tensor, dice: Dice, weight: float
+    ) -> Generator[Group, None, list[PseudoLabel]]:
+        """The groups teacher_1 and teacher_2; returns pseudo-labels of u (clean, weak and strong features)."""
+        regions = self.task.has_regions
         skips = taps.encode(network, patches)
+        shared, masks = taps.share(skips), self._channel_masks(skips)
         with torch.no_grad():
-            clean = taps.logits_of(network, [skip.detach() for skip in skips])
-        weak, strong = (taps.logits_of(network, view) for view in self._feature_views(skips))
-        labels = [pseudo_label(logits, self.task.has_regions) for logits in (clean, weak, strong)]
-        self.note_pseudo_labels(labels[0].label > 0 if self.task.has_regions else labels[0].label[:, 0])
+            labels = [pseudo_label(taps.logits_of(network, shared), regions)]
+        for name, mask in zip(("teacher_1", "teacher_2"), masks, strict=True):
+            logits = taps.logits_of(network, drop_channels(shared, mask))
+            labels.append(pseudo_label(logits, regions))
+            yield {name: (weight, dice(logits, labels[0]))}
+        taps.back_propagate_shared(skips, shared)
+        self.note_pseudo_labels(labels[0].label > 0 if regions else labels[0].label[:, 0])
         self._note(labels, dice.keywords["threshold"])
-        return labels, {"teacher_1": dice(weak, labels[0]), "teacher_2": dice(strong, labels[0])}
+        return labels
 
     @torch.no_grad()
     def _labels_of_partners(self, network: nn.Module, partners: Tensor, own: list[PseudoLabel]) -> list[PseudoLabel]:
@@ -146,7 +151,7 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
         if self.settings.mix_source == "batch_roll":
             return [PseudoLabel(*(part.roll(1, 0) for part in label)) for label in own]
         skips = taps.encode(network, partners)
-        views = (skips, *self._feature_views(skips))
+        views = (skips, *(drop_channels(skips, mask) for mask in self._channel_masks(skips)))
         return [pseudo_label(taps.logits_of(network, view), self.task.has_regions) for view in views]
 
     def _first_strong_view(self, network, patches, partners, own, others, dice: Dice) -> Tensor:
@@ -154,19 +159,19 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
         images, box = self._strong_view(patches, partners)
         return dice(taps.logits(network, images), mix(others[0], own[0], box))
 
-    def _second_strong_view(self, network, patches, partners, own, others, dice: Dice) -> dict[str, Tensor]:
-        """The terms image_2, teacher_3, teacher_4, decoder_1 and decoder_2."""
+    def _second_strong_view(
+        self, network, patches, partners, own, others, dice: Dice, weights: dict[str, float]
+    ) -> Iterator[Group]:
+        """The terms image_2, teacher_3, teacher_4, decoder_1 and decoder_2; a group for each decoder pass."""
         images, box = self._strong_view(patches, partners)
-        labels = [mix(other, mine, box) for other, mine in zip(others, own, strict=True)]
+        clean, weak, strong = (mix(other, mine, box) for other, mine in zip(others, own, strict=True))
         skips = taps.encode(network, images)
-        clean, weak, strong = (taps.logits_of(network, view) for view in (skips, *self._feature_views(skips)))
-        return {
-            "image_2": dice(clean, labels[0]),
-            "teacher_3": dice(weak, labels[0]),
-            "teacher_4": dice(strong, labels[0]),
-            "decoder_1": dice(weak, labels[1]),
-            "decoder_2": dice(strong, labels[2]),
-        }
+        shared, masks = taps.share(skips), self._channel_masks(skips)
+        learned = {"image_2": clean}, {"teacher_3": clean, "decoder_1": weak}, {"teacher_4": clean, "decoder_2": strong}
+        for mask, targets in zip((None, *masks), learned, strict=True):
+            logits = taps.logits_of(network, shared if mask is None else drop_channels(shared, mask))
+            yield {name: (weights[name.split("_")[0]], dice(logits, label)) for name, label in targets.items()}
+        taps.back_propagate_shared(skips, shared)
 
     def _strong_view(self, patches: Tensor, partners: Tensor) -> tuple[Tensor, Tensor]:
         """A strong view of u with a box of a strong view of m, and the box."""
@@ -176,10 +181,9 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
             patches, partners, *probabilities, s.strong_bias_field, s.box_probability, s.box_volume
         )
 
-    def _feature_views(self, skips: list[Tensor]) -> list[list[Tensor]]:
-        """The skips with weak and with strong channel dropout."""
-        rates = (self.settings.p_weak, self.settings.p_strong)
-        return [drop_channels(skips, draw_channel_masks(skips, rate)) for rate in rates]
+    def _channel_masks(self, skips: list[Tensor]) -> list[list[Tensor]]:
+        """Of weak and of strong channel dropout."""
+        return [draw_channel_masks(skips, rate) for rate in (self.settings.p_weak, self.settings.p_strong)]
 
     def _dice(self, logits: Tensor, target: PseudoLabel, threshold: float) -> Tensor:
         s, regions = self.settings, self.task.has_regions

@@ -30,6 +30,8 @@ from nnunetv2_semisup.settings import SemiSupSettings, setting
 from nnunetv2_semisup.trainers.base import nnUNetTrainerSemiSup
 from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 
+PAPERS_POOL = 128  # voxels per axis of a pooled slice
+
 
 @dataclass(frozen=True)
 class SimCVDSettings(SemiSupSettings):
@@ -59,7 +61,9 @@ class SimCVDSettings(SemiSupSettings):
     )
     num_slices: int | None = setting(None, "not given; null: all of the step", "slices", within="[2, inf)")
     proj_dropout: float = setting(0.1, "paper", "probability", within="[0, 1)")
-    proj_pool: int = setting(128, "paper", "voxels per axis", within="[1, inf)")
+    proj_pool: int | None = setting(
+        None, "null: 128, paper, but no more than the slice has; published: 128", "voxels per axis", within="[1, inf)"
+    )
     proj_hidden: tuple[int, ...] = setting(
         (256, 256), "not given; the paper has three layers", "features", within="[1, inf)"
     )
@@ -71,7 +75,7 @@ class SimCVDSettings(SemiSupSettings):
         0.0, "not mentioned; UA-MT's V-Net has 0.5 at the bottleneck", "probability", within="[0, 1)"
     )
 
-    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "ramp_length": 1.0}
+    published: ClassVar[dict[str, Any]] = {**SemiSupSettings.published, "ramp_length": 1.0, "proj_pool": 128}
 
 
 class Prediction(NamedTuple):
@@ -105,11 +109,20 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
         self.teacher = Teacher(network, s.teacher_decay)
         self.heads = nn.ModuleDict(
             {
-                "projection": SliceProjection(s.proj_dropout, s.proj_pool, s.proj_hidden, s.proj_dim),
+                "projection": SliceProjection(s.proj_dropout, self._pooled_slice(), s.proj_hidden, s.proj_dim),
                 "sdm": SignedDistanceHead(taps.feature_channels(network), self.classes, len(task.patch_size)),
             }
         )
         self.teacher_heads = MovingAverage(self.heads, s.teacher_decay)
+
+    def _pooled_slice(self) -> tuple[int, int]:
+        """Rows and columns that the projection pools a slice to. Enlarging it would add weights and no information."""
+        size = list(self.task.patch_size)
+        if len(size) == 3:
+            del size[self.settings.slice_axis]
+        given = self.settings.proj_pool
+        rows, columns = (min(PAPERS_POOL, n) if given is None else given for n in size)
+        return rows, columns
 
     def unfit_batch(self, labelled: int, unlabelled: int) -> str | None:
         slices = unlabelled if len(self.task.patch_size) == 2 else self.task.patch_size[self.settings.slice_axis]
@@ -148,7 +161,7 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
 
     def _labelled_terms(self, network: nn.Module, labelled: dict) -> Group:
         """Equation 1."""
-        prediction = self._forward(network, labelled["data"])
+        prediction = self._forward(network, labelled["data"], deep_supervision=True)
         terms = {"supervised": (1.0, self.task.supervised_loss(prediction.output, labelled["target"]))}
         if self.settings.alpha > 0:
             error = mean_squared_error_where_known(self.heads["sdm"](prediction.features), labelled["sdm"])
@@ -177,12 +190,12 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
             terms["con"] = mean_squared_difference(student_probabilities, teacher_probabilities, self.head_weights)
         return {name: (weights[name], value) for name, value in terms.items()}
 
-    def _forward(self, network: nn.Module, images: Tensor) -> Prediction:
+    def _forward(self, network: nn.Module, images: Tensor, deep_supervision: bool = False) -> Prediction:
         skips = taps.encode(network, images)
         if self.settings.backbone_dropout > 0:
             last = skips[-1:]
             skips = [*skips[:-1], *drop_channels(last, draw_channel_masks(last, self.settings.backbone_dropout))]
-        return Prediction(*taps.decode(network, skips), skips[-1])
+        return Prediction(*taps.decode(network, skips, deep_supervision), skips[-1])
 
     def _noise(self, images: Tensor) -> Tensor:
         return draw_clipped_noise(images, self.settings.noise_std, self.settings.noise_clip)

@@ -26,7 +26,7 @@ from nnunetv2_semisup.losses.consistency import (
 )
 from nnunetv2_semisup.losses.separation import cosine_distance_to_prototypes
 from nnunetv2_semisup.memory.prototypes import PrototypeMemory
-from nnunetv2_semisup.memory.sampling import sample_rows
+from nnunetv2_semisup.memory.sampling import sample_rows, sample_size
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.freeze import frozen_parameters, frozen_statistics
 from nnunetv2_semisup.network.heads import MLPHead
@@ -38,6 +38,7 @@ from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 
 WIDTH = 32  # of the projected features and the heads; paper and code
 PROTOTYPES = 32  # per class; paper and code
+ROWS, ONE_IN = 8192, 16  # features per class, stream and step: as many, and at most one voxel in so many
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,11 @@ class SSNetSettings(SemiSupSettings):
     proto_select: Literal["highest", "lowest"] = setting("highest", "paper; the code sorts the wrong way round")
     proto_attention: Literal["none", "normalised"] = setting("none", "code, by a wrong axis; normalised: the paper")
     proto_include_background: bool = setting(False, "code; the paper does not exclude it. No effect with regions")
-    cs_max_rows: int = setting(
-        8192, "ours: features per class, stream and step; code: all", "voxels", within="[2, inf)"
+    cs_max_rows: int | None = setting(
+        None,
+        "ours: features per class, stream and step; null: 8192, on small patches one in 16. Code: all",
+        "voxels",
+        within="[2, inf)",
     )
     seg_ce_weight: float = setting(1.0, "nnU-Net; paper and code: 0, Dice alone", within="[0, inf)")
 
@@ -86,6 +90,7 @@ class SSNetSettings(SemiSupSettings):
         "lds_smooth": 1e-8,
         "proto_select": "lowest",
         "seg_ce_weight": 0.0,
+        "cs_max_rows": ROWS,
     }
 
     def __post_init__(self):
@@ -169,7 +174,7 @@ class SSNet(SemiSupMethod[SSNetSettings]):
     def _unlabelled_pass(self, network: nn.Module, images: Tensor, weight: float) -> tuple[Group, Tensor]:
         """The separation term and the clean probabilities without gradient."""
         with torch.set_grad_enabled(weight > 0):
-            output, features = taps.decode(network, taps.encode(network, images))
+            output, features = taps.decode(network, taps.encode(network, images), deep_supervision=False)
         clean = self._clean(output)
         self.note_pseudo_labels(decide(clean, self.task.has_regions))
         if not weight:
@@ -192,6 +197,10 @@ class SSNet(SemiSupMethod[SSNetSettings]):
         masks = labels.class_masks(target, self.task.has_regions, self.task.ignore_label, self.classes)
         return masks.movedim(1, 0).flatten(1)
 
+    def _sampled(self, features: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`sample_rows`."""
+        return sample_rows(features, members, sample_size(self.settings.cs_max_rows, ROWS, members.shape[1], ONE_IN))
+
     def _known_voxels(self, target: Tensor | list[Tensor]) -> Tensor:
         """(B * voxels,) bool."""
         return labels.known_voxels(target, self.task.has_regions, self.task.ignore_label).flatten()
@@ -202,7 +211,7 @@ class SSNet(SemiSupMethod[SSNetSettings]):
     def _renew_prototypes(self, features: Tensor, candidates: Tensor) -> None:
         """Replace the prototypes of every class that has candidates (K, B * voxels) bool."""
         with torch.autocast(features.device.type, enabled=False):
-            rows, valid = sample_rows(features, candidates, self.settings.cs_max_rows)
+            rows, valid = self._sampled(features, candidates)
             projected = self.projection(rows.flatten(0, 1)).unflatten(0, valid.shape)  # with running statistics
             scores = self._scores(self.selectors, projected, valid)
         self.memory.update(projected, valid, scores if self.settings.proto_select == "highest" else -scores)
@@ -216,7 +225,7 @@ class SSNet(SemiSupMethod[SSNetSettings]):
         the loss, and so would get no gradient against the background.
         """
         with torch.autocast(features.device.type, enabled=False):
-            rows, valid = sample_rows(features, torch.cat([voxels, normalising[None]]), self.settings.cs_max_rows)
+            rows, valid = self._sampled(features, torch.cat([voxels, normalising[None]]))
             statistics = torch.cat([torch.zeros_like(valid[:-1]), valid[-1:]]).flatten()
             projected = self.projection(rows.flatten(0, 1), statistics)
             queries = self.prediction(projected, statistics).unflatten(0, valid.shape)[:-1]

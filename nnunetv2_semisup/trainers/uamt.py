@@ -117,7 +117,7 @@ class UAMT(SemiSupMethod[UAMTSettings]):
     def _logits(self, network: nn.Module, images: Tensor) -> Tensor:
         """Full-resolution logits with channels dropped at the bottleneck and before the output layer."""
         *skips, bottleneck = taps.encode(network, images)
-        _, features = taps.decode(network, [*skips, self._drop(bottleneck)])
+        _, features = taps.decode(network, [*skips, self._drop(bottleneck)], deep_supervision=False)
         return taps.segment(network, self._drop(features))
 
     def _drop(self, features: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def test_signed_distance_head_is_a_linear_map_per_voxel(dimensions):
 
 @pytest.mark.parametrize("size", [(5, 7), (16, 16), (20, 33)])
 def test_projection_without_dropout_is_pooling_and_three_layers(size):
-    head = SliceProjection(0.0, 8, (6, 5), 3)
+    head = SliceProjection(0.0, (8, 8), (6, 5), 3)
     linear = [layer for layer in head.layers if isinstance(layer, nn.Linear)]
     assert [layer.out_features for layer in linear] == [6, 5, 3] and isinstance(head.layers[-1], nn.Linear)
     slices = torch.randn(2, 4, *size)
@@ -38,12 +38,12 @@ def test_projection_without_dropout_is_pooling_and_three_layers(size):
 
 
 def test_number_of_parameters_at_the_defaults():
-    head = SliceProjection(0.1, 128, (256, 256), 128)
+    head = SliceProjection(0.1, (128, 128), (256, 256), 128)
     assert sum(p.numel() for p in head.parameters()) == 16384 * 256 + 256 + 256 * 256 + 256 + 256 * 128 + 128
 
 
 def test_two_passes_differ_also_in_evaluation_mode():
-    head = SliceProjection(0.1, 8, (6,), 3)
+    head = SliceProjection(0.1, (8, 8), (6,), 3)
     slices = torch.randn(1, 4, 8, 8)
     for module in (head.train(), head.eval()):
         assert not torch.equal(module(slices), module(slices))
@@ -51,7 +51,7 @@ def test_two_passes_differ_also_in_evaluation_mode():
 
 def test_dropout_keeps_mean_and_variance(monkeypatch):
     """And its constants for p = 0.1: dropped voxels get -1.7581, then 0.92128 x + 0.16197."""
-    head = SliceProjection(0.1, 8, (6,), 3)
+    head = SliceProjection(0.1, (8, 8), (6,), 3)
     seen = []
     pool = F.adaptive_avg_pool2d
     monkeypatch.setattr(F, "adaptive_avg_pool2d", lambda x, size: seen.append(x) or pool(x, size))

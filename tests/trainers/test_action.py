@@ -516,14 +516,14 @@ def test_defaults_are_those_of_paper_and_code():
     """methods as published; docs/methods/action.md says where paper and code differ."""
     common = {
         "w_global": 1, "w_local": 1, "w_unsup": 1, "w_anco": 0.01, "teacher_decay": 0.99, "tau_s": 0.1, "tau_t": 0.01,
-        "queue_size": 36, "strong_on": "student", "local_mode": "same_window", "confident": 0.97, "queries": 256,
+        "queue_size": 36, "strong_on": "student", "local_mode": "same_window", "confident": 0.97, "queries": None,
         "weak_threshold": 0.7, "hard_threshold": 0.97, "tau_anco": 0.5, "negatives": 512, "tau_classes": 0.5,
         "jitter_probability": 0.5, "jitter_strength": 0.25, "blur_probability": 0.5, "mix": "cutmix",
         "head_activation": "relu", "lr_restart": False, "stage1_supervised": False,
     }  # fmt: skip
     more = {
-        "w_aaco": 0.01, "lambda_a": 0.2, "tau_min": 0.1, "tau_max": 1, "teacher_sharpness": 0.1, "voxels": 256,
-        "voxel_queue_size": 12288, "centroid_decay": 0.9, "stage_fractions": (0, 0.25, 0.75),
+        "w_aaco": 0.01, "lambda_a": 0.2, "tau_min": 0.1, "tau_max": 1, "teacher_sharpness": 0.1, "voxels": None,
+        "voxel_queue_size": None, "centroid_decay": 0.9, "stage_fractions": (0, 0.25, 0.75),
     }  # fmt: skip
     for found, expected in (
         (ACTIONSettings(), common | {"stage_fractions": (0, 1 / 3, 2 / 3)}),

@@ -112,7 +112,7 @@ def test_what_the_anatomical_contrast_gets(name, datasets, use, monkeypatch):
     step_losses(trainer, make_batch(trainer), PROGRESS[3])
     (hard, size), (members, candidates) = (c[0] for c in drawn)
     assert hard.any() and (members & ~hard).any() and not (hard & ~members).any()
-    assert (size, candidates) == (50, action.CANDIDATES)
+    assert (size, candidates) == (50, 50 * action.CANDIDATES)
     _, has, means, _, present, tau, negatives, tau_classes = calls[0][0]
     torch.testing.assert_close(means, head.class_means(grids[-1][1], members))
     assert torch.equal(has, hard.any(1)) and torch.equal(present, members.any(1))
