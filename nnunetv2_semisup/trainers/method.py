@@ -99,7 +99,7 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
         return None
 
     def losses(self, network: nn.Module, labelled: dict, unlabelled: dict, progress: float) -> Iterator[Group]:
-        """Yield groups of terms ``{name: (weight, value)}``; the groups share no graph.
+        """Yield groups of terms ``{name: (weight, value)}``; the groups share no graph, but see ``taps.share``.
 
         The trainer back-propagates each group before it asks for the next, so peak memory is that of the largest one.
         Never yield inside ``torch.no_grad()`` or ``autocast``: the mode would leak into the trainer's backward.

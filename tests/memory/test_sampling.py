@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_semisup.memory.sampling import rows_at, sample_positions, sample_rows
+from nnunetv2_semisup.memory.sampling import rows_at, sample_positions, sample_rows, sample_size
 
 
 @settings(max_examples=80)
@@ -76,3 +76,11 @@ def test_gradients_of_rows_taken_twice_are_the_same_in_every_run():
     assert all(torch.equal(gradients[0], g) for g in gradients)
     expected = torch.zeros_like(rows).index_put_((positions.flatten(),), weights.flatten(0, 1), accumulate=True)
     torch.testing.assert_close(gradients[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "voxels", "expected"),
+    [(None, 10**7, 8192), (None, 26_880, 1680), (None, 16 * 8192, 8192), (None, 10, 2), (12, 10**7, 12), (12, 20, 12)],
+)
+def test_sample_sizes_follow_the_patch_unless_given(wanted, voxels, expected):
+    assert sample_size(wanted, 8192, voxels, 16) == expected

@@ -25,7 +25,7 @@ KINDS = ["2 classes", "4 classes", "regions", "ignore", "regions and ignore"]
 
 def build(dataset, configuration="3d_fullres", **settings):
     torch.manual_seed(3)
-    trainer = dataset.trainer(NAME, configuration, **settings)
+    trainer = dataset.trainer(NAME, configuration, **{"cs_max_rows": 8192} | settings)  # all voxels of tiny patches
     trainer.initialize()
     with torch.no_grad():  # logits of a useful size
         for layer in trainer.network.decoder.seg_layers:
