@@ -277,9 +277,10 @@ def expected_seconds(run: Run, records_: list[dict]) -> float | None:
 def _training_seconds(run: Run, options: Options) -> float:
     """Training time of ``run`` from a few steps on random batches, loaders and validation left out."""
     from nnunetv2_semisup.benchmark import speed
+    from nnunetv2_semisup.training import rehearsal
 
     worker.set_threads(options.device, options.threads)
-    trainer = speed.build(run.dataset, run.configuration, run.plans, run.trainer_name, options.device)
+    trainer = rehearsal.build(run.dataset, run.configuration, run.plans, run.trainer_name, options.device)
     [[seconds]] = speed.step_times([trainer], rounds=1)
     steps = trainer.num_epochs * trainer.num_iterations_per_epoch
     del trainer

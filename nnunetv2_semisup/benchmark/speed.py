@@ -4,7 +4,8 @@ The steps are nnU-Net's and ours as they are trained (loss, backward, clipping, 
 that lie ready: loaders are left out. So is the burn-in, whose steps are stock nnU-Net's. A method may cost more or less
 in the course of training, so its time is the mean over four points of it. Trainers take turns, step by step, so that
 other load on the machine hits all of them; a ratio is the median over rounds of the method's time over the stock step's
-in the same round.
+in the same round. In 3D on a CPU our trainers store weights with channels last, which is faster; stock nnU-Net with the
+same layout is a row of its own, so that what is the method's and what is the layout's can be told apart.
 
 Counted: floating-point operations of convolutions and matrix products over those of the stock step, the mean over the
 same points: what the time comes to where nothing else costs any.
@@ -15,7 +16,6 @@ weights, optimiser state and batch that were there before. Scratch space inside 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
@@ -27,7 +27,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
@@ -37,8 +36,10 @@ from nnunetv2_semisup import discovery
 from nnunetv2_semisup.benchmark import records
 from nnunetv2_semisup.benchmark.grid import BASELINE
 from nnunetv2_semisup.files import environment
+from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.training.rehearsal import POINTS, build, is_ours, random_batch, step
 
-POINTS = (0.125, 0.375, 0.625, 0.875)  # of training
+CHANNELS_LAST = f"{BASELINE}, channels last"  # how our trainers lay weights out on a CPU in 3D, which nnU-Net does not
 WARM_UP = 2  # steps per trainer: memory pools, algorithms, compilation
 COLUMNS = (
     *("dataset", "configuration", "plans", "trainer", "compiled", "counted_ratio", "step_seconds", "step_ratio"),
@@ -74,61 +75,20 @@ def measure(
                 del trainer
                 release()
             built = [build(dataset, configuration, plans, name, device) for name in names]
+            if device == "cpu" and len(built[0].configuration_manager.patch_size) == 3:
+                built.append(build(dataset, configuration, plans, BASELINE, device))
+                taps.use_channels_last(built[-1].network)
             times = step_times(built, rounds)
-            for name, seconds in zip(names, times, strict=True):
+            for name, seconds in zip([*names, CHANNELS_LAST], times, strict=False):
                 ratios = [s / stock for s, stock in zip(seconds, times[0], strict=True)]
                 measured = {"step_seconds": median(seconds), "step_ratio": median(ratios)}
-                measured["counted_ratio"] = operations[name] / operations[BASELINE]
-                measured |= {"peak_memory_mb": memory[name], "memory_ratio": memory[name] / memory[BASELINE]}
+                if name in memory:
+                    measured["counted_ratio"] = operations[name] / operations[BASELINE]
+                    measured |= {"peak_memory_mb": memory[name], "memory_ratio": memory[name] / memory[BASELINE]}
                 rows.append({**common, "trainer": name, "compiled": compiled, **measured})
             del built
             release()
     return rows
-
-
-def build(dataset: str, configuration: str, plans: str, name: str, device: str) -> nnUNetTrainer:
-    """A trainer ready for :func:`step`; the log that its constructor writes goes to a folder that is removed."""
-    with tempfile.TemporaryDirectory() as folder, environment(nnUNet_results=folder), _silent():
-        trainer = get_trainer_from_args(dataset, configuration, "all", name, plans, device=torch.device(device))
-        trainer.initialize()
-    trainer.print_to_log_file = lambda *arguments, **options: None
-    trainer.network.train()
-    if is_ours(trainer):
-        trainer.begin_terms()
-        trainer.method.train()
-    return trainer
-
-
-def is_ours(trainer: nnUNetTrainer) -> bool:
-    """Whether it is a semi-supervised trainer of this package, with a method and an unlabelled batch."""
-    return hasattr(trainer, "method")
-
-
-def random_batch(trainer: nnUNetTrainer, seed: int = 0) -> dict:
-    """A batch as the loader gives it: normal noise, a random valid target, on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    manager = trainer.label_manager
-    size = (trainer.batch_size, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
-    targets = []
-    for scale in trainer._get_deep_supervision_scales():
-        shape = [round(n * s) for n, s in zip(size[2:], scale, strict=True)]
-        if manager.has_regions:
-            channels = manager.num_segmentation_heads + manager.has_ignore_label
-            targets.append(torch.rand((size[0], channels, *shape), generator=generator) > 0.5)
-        else:
-            values = torch.randint(len(manager.all_labels), (size[0], 1, *shape), generator=generator)
-            targets.append(values.to(torch.int16))
-    batch = {"data": torch.randn(size, generator=generator), "target": targets, "keys": ["case"] * size[0]}
-    if is_ours(trainer):
-        count = trainer._unlabeled_batch_size()
-        data = torch.randn((count, *size[1:]), generator=generator)
-        unlabelled = {"data": data, "keys": ["case"] * count}
-        if trainer.method.wants_partners:
-            unlabelled["partners"] = torch.randn(data.shape, generator=generator)
-        batch["unlabelled"] = unlabelled
-        if transform := trainer.method.labelled_transform():
-            batch |= transform(batch)
-    return batch
 
 
 def pinned(value: Any) -> Any:
@@ -151,12 +111,6 @@ def step_times(trainers: list[nnUNetTrainer], rounds: int) -> list[list[float]]:
         for i, (trainer, batch) in enumerate(zip(trainers, batches, strict=True)):
             times[i].append(sum(_timed(trainer, batch, point) for point in POINTS) / len(POINTS))
     return times
-
-
-def step(trainer: nnUNetTrainer, batch: dict, point: float) -> None:
-    """One training step as at ``point`` (share of training done)."""
-    trainer.current_epoch = int(point * trainer.num_epochs)
-    trainer.train_step(batch)
 
 
 def peak_memory_mb(trainer: nnUNetTrainer) -> float:
@@ -272,9 +226,3 @@ def write(results: Path, rows: list[dict]) -> Path:
     new = {key(row) for row in rows}
     records.write_csv(file, COLUMNS, [*(row for row in records.read_csv(file) if key(row) not in new), *rows])
     return file
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield

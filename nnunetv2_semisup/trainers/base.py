@@ -34,7 +34,7 @@ from nnunetv2_semisup.labels import class_names
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.settings import SemiSupSettings
 from nnunetv2_semisup.trainers.method import SemiSupMethod, TaskInfo
-from nnunetv2_semisup.training import checkpoints, streams
+from nnunetv2_semisup.training import checkpoints, rehearsal, streams
 from nnunetv2_semisup.training.distributed import broadcast_state, is_distributed, mean_over_processes
 from nnunetv2_semisup.training.learning_rate import RestartingPolyLR
 from nnunetv2_semisup.training.log import TrainingLog
@@ -299,6 +299,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if reason := self.method.unfit_batch(self.batch_size, self._unlabeled_batch_size()):
             raise InputError(f"{self.base_name()}: {reason}")
         self.unlabeled_cases = self._prepare_unlabeled_cases()
+        self._warn_of_memory()
         self._seed()
         if not self._resumed:
             self.method.reset(self.bare_network)
@@ -312,6 +313,14 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self._last_save = time()
         self._stop.listen()
         self._is_training = True
+
+    def _warn_of_memory(self) -> None:
+        """Say now what would run out of memory hours later, when the terms or a later stage begin."""
+        if self.device.type == "cuda" and not is_distributed():
+            manager, available = self.plans_manager, torch.cuda.get_device_properties(self.device).total_memory
+            what = manager.dataset_name, self.configuration_name, manager.plans_name, self.__class__.__name__
+            if warning := rehearsal.memory_warning(*what, available):
+                self.print_to_log_file(warning)
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

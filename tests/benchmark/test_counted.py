@@ -5,12 +5,13 @@ import torch
 
 from nnunetv2_semisup import cli
 from nnunetv2_semisup.benchmark import counted, records, speed
+from nnunetv2_semisup.training import rehearsal
 
 NAMES = ["nnUNetTrainerMeanTeacher", "nnUNetTrainerSimCVD", "nnUNetTrainerACTIONPlusPlus", "nnUNetTrainerSSNet"]
 
 
 def test_live_tensors_are_added_up():
-    with counted._Fake(), counted._Live() as live:
+    with rehearsal._Fake(), rehearsal.Live() as live:
         a = torch.empty(1000)
         b = a * 2
         view = b.reshape(10, 100)
@@ -27,10 +28,10 @@ def test_live_tensors_are_added_up():
 def test_operations_are_those_of_real_tensors(tiny, configuration, tmp_path, monkeypatch):
     rows = {row["trainer"]: row for row in counted.count(tiny.name, configuration, "nnUNetPlans", NAMES)}
     assert rows["nnUNetTrainer"]["operations_ratio"] == 1.0 and len(rows) == 5
-    stock = speed.counted_operations(speed.build(tiny.name, configuration, "nnUNetPlans", "nnUNetTrainer", "cpu"))
+    stock = speed.counted_operations(rehearsal.build(tiny.name, configuration, "nnUNetPlans", "nnUNetTrainer", "cpu"))
     for name in NAMES:
-        trainer = speed.build(tiny.name, configuration, "nnUNetPlans", name, "cpu")
-        speed.step(trainer, speed.random_batch(trainer), speed.POINTS[0])
+        trainer = rehearsal.build(tiny.name, configuration, "nnUNetPlans", name, "cpu")
+        rehearsal.step(trainer, rehearsal.random_batch(trainer), rehearsal.POINTS[0])
         expected = speed.counted_operations(trainer) / stock
         assert rows[name]["operations_ratio"] == pytest.approx(expected, rel=1e-6), name
         held = sum(t.numel() * t.element_size() for t in trainer.network.parameters()) / 2**30
@@ -45,3 +46,16 @@ def test_command(tiny, tmp_path, capsys):
     assert [row["trainer"] for row in rows] == ["nnUNetTrainer", "nnUNetTrainerPasteMatch"]
     assert cli.benchmark([*arguments, "-o", str(tmp_path / "work")]) == 0
     assert len(records.read_csv(tmp_path / "out" / "counted.csv")) == 2, "the same rows are replaced"
+
+
+def test_a_training_that_will_not_fit_is_named_before_it_starts(tiny, monkeypatch):
+    arguments = tiny.name, "3d_fullres", "nnUNetPlans", "nnUNetTrainerCrossMatch"
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    gib = rehearsal.peak_gib(*arguments)
+    torch.manual_seed(3)
+    assert rehearsal.memory_warning(*arguments, int((gib + 1.6) * 2**30)) is None
+    warning = rehearsal.memory_warning(*arguments, int((gib + 1.4) * 2**30))
+    assert "nnUNetTrainerCrossMatch" in warning and "this GPU has 1.4 GiB" in warning and "--patch_size" in warning
+    assert torch.rand(1) == expected, "the training's random numbers are left alone"

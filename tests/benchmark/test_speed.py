@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnunetv2_semisup import discovery
 from nnunetv2_semisup.benchmark import speed
 from nnunetv2_semisup.benchmark.run import Options, _training_seconds
+from nnunetv2_semisup.training import rehearsal
 
 from .conftest import make_run
 
@@ -19,6 +20,8 @@ MIB = 2**20
 def test_every_trainer_over_the_stock_step(tiny):
     names = ["nnUNetTrainerMeanTeacher", "nnUNetTrainerCrossMatch"]
     rows = speed.measure(tiny.name, "3d_fullres", "nnUNetPlans", "cpu", rounds=1, trainers=names)
+    *rows, channels_last = rows
+    assert channels_last["trainer"] == speed.CHANNELS_LAST and channels_last["step_seconds"] > 0
     assert [row["trainer"] for row in rows] == ["nnUNetTrainer", *names]
     assert rows[0]["step_ratio"] == rows[0]["memory_ratio"] == 1
     assert rows[0]["counted_ratio"] == 1 and rows[1]["counted_ratio"] == pytest.approx(7 / 3, rel=0.02)
@@ -50,7 +53,7 @@ def test_peak_on_the_cpu_is_what_a_step_holds_at_once():
 @pytest.mark.parametrize("kind", ["regions", "4 classes"])
 def test_random_batches_fit(datasets, use, kind, name):
     dataset = use(datasets(kind))
-    stock, trainer = (speed.build(dataset.name, "2d", "nnUNetPlans", n, "cpu") for n in ("nnUNetTrainer", name))
+    stock, trainer = (rehearsal.build(dataset.name, "2d", "nnUNetPlans", n, "cpu") for n in ("nnUNetTrainer", name))
     operations = [_operations(t) for t in (stock, trainer)]
     assert trainer.current_epoch == int(0.9 * trainer.num_epochs)
     assert operations[1] > 1.2 * operations[0], "the step is the method's, not the burn-in's"
@@ -58,7 +61,7 @@ def test_random_batches_fit(datasets, use, kind, name):
 
 def _operations(trainer):
     with FlopCounterMode(display=False) as counter:
-        speed.step(trainer, speed.random_batch(trainer), 0.9)
+        rehearsal.step(trainer, rehearsal.random_batch(trainer), 0.9)
     return counter.get_total_flops()
 
 
