@@ -48,7 +48,7 @@ class CPS(SemiSupMethod[CPSSettings]):
     """
 
     settings_class = CPSSettings
-    cost, memory_gib, use = 4.0, 8.5, "a baseline with two networks"
+    cost, memory_gib, use = 4.0, 8.4, "a baseline with two networks"
     unsupervised_weights = ("cross_weight",)
     supervised_terms = ("supervised", "supervised_2")
 

@@ -99,7 +99,7 @@ class SimCVD(SemiSupMethod[SimCVDSettings]):
     """
 
     settings_class = SimCVDSettings
-    cost, memory_gib, use = 2.3, 5.2, "to compare with the paper"
+    cost, memory_gib, use = 2.3, 4.9, "to compare with the paper"
     unsupervised_weights = ("alpha", "lam", "beta", "gamma")
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: SimCVDSettings):

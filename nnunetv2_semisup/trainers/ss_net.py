@@ -121,7 +121,7 @@ class SSNet(SemiSupMethod[SSNetSettings]):
     """
 
     settings_class = SSNetSettings
-    cost, memory_gib, use = 5.3, 8.9, "to compare with the paper"
+    cost, memory_gib, use = 5.3, 8.3, "to compare with the paper"
     unsupervised_weights = ("lambda_max",)
     alters_supervision = {"seg_ce_weight": 1.0}  # noqa: RUF012
 

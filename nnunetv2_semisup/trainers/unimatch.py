@@ -72,7 +72,7 @@ class UniMatch(SemiSupMethod[UniMatchSettings]):
     """
 
     settings_class = UniMatchSettings
-    cost, memory_gib, use = 4.6, 5.1, "FixMatch and online self-training are settings of it"
+    cost, memory_gib, use = 4.6, 4.8, "FixMatch and online self-training are settings of it"
     unsupervised_weights = ("image_weight", "feature_weight")
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: UniMatchSettings):

@@ -98,10 +98,11 @@ def memory_warning(dataset: str, configuration: str, plans: str, name: str, avai
     if (gib + ROOM) * 2**30 <= available:
         return None
     return (
-        f"WARNING: the largest step of {name} holds {gib:.1f} GiB of tensors, and about {ROOM} GiB come on top; this GPU "
-        f"has {available / 2**30:.1f} GiB. Training begins as stock nnU-Net, which needs less, and may run out of memory "
-        f"when the method's terms or a later stage begin. Smaller plans: nnUNetv2_semisup_plans -d {dataset} -p {plans} "
-        f"-o smaller --patch_size ... or --batch_size ...; or a trainer that needs less: nnUNetv2_semisup_trainers --list"
+        f"WARNING: the largest step of {name} holds {gib:.1f} GiB of tensors, and about {ROOM} GiB come on top; this "
+        f"GPU has {available / 2**30:.1f} GiB. Training begins as stock nnU-Net, which needs less, and may run out of "
+        "memory when the method's terms or a later stage begin. Smaller plans: nnUNetv2_semisup_plans "
+        f"-d {dataset} -p {plans} -o smaller with --patch_size or --batch_size; or a trainer that needs less: "
+        "nnUNetv2_semisup_trainers --list"
     )
 
 
