@@ -276,7 +276,8 @@ def place(setting: dict) -> str:
     return f"{setting['family']}, {setting['configuration']}{plans}"
 
 
-_COMPARED = ("difference [95 % interval]", "p", "better", "verdict", "at equal compute", "step cost")
+_DIFFERENCE, _EQUAL_COMPUTE, _COST = "difference [95 % interval]", "at equal compute", "step cost"
+_COMPARED = (_DIFFERENCE, "p", "better", "verdict", _EQUAL_COMPUTE, _COST)
 
 
 def _compared(c: Comparison) -> tuple[str, ...]:
@@ -293,21 +294,26 @@ def _compared(c: Comparison) -> tuple[str, ...]:
 
 
 def short_table(comparisons: list[Comparison]) -> str:
-    """For the front page: nnU-Net's own inference, no post-processing, Dice alone."""
-    chosen = [c for c in comparisons if c.is_plain]
+    """For the front page: nnU-Net's own inference, no post-processing, Dice alone, and what it takes to judge a gain.
+
+    Stock runs whose only use is a comparison at equal compute have no row: that comparison is a column.
+    """
+    plain = [c for c in comparisons if c.is_plain]
+    of_methods = [c.setting for c in plain if c.trainer != BASELINE]
+    places = [[setting[key] for key in PLACE] for setting in of_methods]
+    chosen = [c for c in plain if c.setting in of_methods or [c.setting[key] for key in PLACE] not in places]
     if not chosen:
         return EMPTY
-    header = "data", "labelled", "trainer", "steps", "subsets × seeds", "Dice in %", "sd over cases", *_COMPARED
+    header = "data", "labelled", "trainer", "steps", "runs", "Dice in %", _DIFFERENCE, _EQUAL_COMPUTE, _COST
     rows = [
         (
             place(c.setting),
             f"{c.setting['labeled']}",
             f"`{c.trainer}`",
             f"{c.setting['steps']:,}",
-            runs_text(c),
-            _mean_sd(c, "dice"),
-            _case_sd(c),
-            *_compared(c),
+            f"{len(c.runs)}",
+            _mean_sd(c, "dice").removesuffix(" ± –"),
+            *(cell for name, cell in zip(_COMPARED, _compared(c), strict=True) if name in header),
         )
         for c in chosen
     ]

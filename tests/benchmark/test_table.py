@@ -68,9 +68,11 @@ def test_labelled_subsets_are_one_row(work, tmp_path):
     assert (d.low, d.high) == pytest.approx((0.05, 0.25))  # 0.1 or 0.2 twice, and 0.0 or 0.3 twice: 1 in 16 each
     assert method.verdict == "no difference"  # 0.15 is less than twice 0.18
     [first, second] = table.short_table([stock, method]).splitlines()[2:]
-    assert "| 3 × 1 | 70.0 ± 18.0 |" in first and "| 2 × 1 | 75.0 ± 7.1 |" in second
+    assert "| 3 | 70.0 ± 18.0 |" in first and "| 2 | 75.0 ± 7.1 |" in second
     assert "| +15.0 [5.0, 25.0] |" in second
-    assert "Labelled subsets: Dataset904_Tiny, Dataset914_Tiny, Dataset924_Tiny." in table.full_tables([stock, method])
+    pages = table.full_tables([stock, method])
+    assert "Labelled subsets: Dataset904_Tiny, Dataset914_Tiny, Dataset924_Tiny." in pages
+    assert "| 3 × 1 | 70.0 ± 18.0 |" in pages and "| 2 × 1 | 75.0 ± 7.1 |" in pages
 
 
 def test_a_subset_without_baseline_is_said_and_does_not_count(work, tmp_path):
@@ -82,7 +84,8 @@ def test_a_subset_without_baseline_is_said_and_does_not_count(work, tmp_path):
         *((make_run(dataset=s, trainer=METHOD), [0.6, 0.6]) for s in SUBSETS),
     )
     assert method.difference.mean == pytest.approx(0.05) and method.difference.subsets == 1
-    text = table.short_table([stock, method])
+    assert "(1 of 3 subsets)" in table.short_table([stock, method])
+    text = table.full_tables([stock, method])
     assert "(1 of 3 subsets)" in text and "| 1 × 2 |" in text and "| 3 × 1 |" in text
 
 
@@ -109,7 +112,7 @@ def test_p_is_corrected_for_the_methods_of_a_setting(work, tmp_path):
     _, a, b, other = store(work, tmp_path, *runs)
     assert a.difference.p == b.difference.p == pytest.approx(2 / 2**5)
     assert a.p == b.p == pytest.approx(2 * 2 / 2**5) and other.difference is None and math.isnan(other.p)
-    assert "| 0.125 |" in table.short_table([a])
+    assert "| 0.125 |" in table.full_tables([a])
 
 
 def frame(**columns) -> pd.DataFrame:
@@ -232,9 +235,18 @@ def test_short_table(filled, tmp_path):
         ("80", ""),
     ]
     assert all(line[0] == "Tiny, 3d_fullres, plans cpu" and line[3] == "1,250" for line in lines)
-    assert lines[0][5].count("±") == 1 and lines[3][5].endswith("± –") and lines[4][10] == "too few runs"
-    assert lines[0][4] == "1 × 3" and lines[1][10] == "beats" and lines[1][7].startswith("+")
-    assert len(lines[0]) == 11, "no step cost, no column"
+    assert lines[0][4] == "3" and lines[0][5].count("±") == 1 and "±" not in lines[3][5]
+    assert lines[0][6] == "" and lines[1][6].startswith("+")
+    assert len(lines[0]) == 7, "no step cost, no column"
+    assert "| beats |" in table.full_tables(table.compare(*table.read(tmp_path)))
+
+
+def test_a_stock_run_that_is_there_for_equal_compute_alone_has_no_row_on_the_front_page(work, tmp_path):
+    runs = [(make_run(epochs=e), [0.5, 0.6]) for e in (5, 10)]
+    made = store(work, tmp_path, *runs, (make_run(trainer=METHOD), [0.7, 0.7]))
+    text = table.short_table(made)
+    assert text.count("`nnUNetTrainer`") == 1 and "| 1,250 |" in text and "2,500" not in text
+    assert table.short_table([c for c in made if c.trainer != METHOD]).count("`nnUNetTrainer`") == 2, "no method, all"
 
 
 def test_nothing():
