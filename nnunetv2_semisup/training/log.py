@@ -79,7 +79,7 @@ class TrainingLog:
             figure = Figure(figsize=(10, 0.7 + 2.2 * len(panels)), layout="constrained")
             axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
             for axis, (label, lines) in zip(axes, panels.items(), strict=True):
-                _draw_lines(axis, epochs, lines)
+                _draw_lines(axis, epochs, lines, may_be_log=not label.startswith(("share", "online")))
                 axis.set_ylabel(label, fontsize="small")
                 for epoch, _ in self._marks():
                     axis.axvline(epoch, color="0.4", linestyle=(0, (4, 3)), linewidth=1, zorder=1)
@@ -140,8 +140,8 @@ class TrainingLog:
         return list(marks.items())
 
 
-def _draw_lines(axis: Any, epochs: list[float], lines: Lines) -> None:
-    """Curves with their legend beside ``axis``, which is logarithmic where they differ by orders of magnitude."""
+def _draw_lines(axis: Any, epochs: list[float], lines: Lines, may_be_log: bool) -> None:
+    """Curves with their legend beside ``axis``; it is logarithmic if it may and they differ by orders of magnitude."""
     marker = "." if len(epochs) <= MOST_WITH_MARKERS else ""
     colours = COLOURS[:-1]  # black is kept for sums
     for i, (name, y) in enumerate(lines.items()):
@@ -153,8 +153,8 @@ def _draw_lines(axis: Any, epochs: list[float], lines: Lines) -> None:
         axis.plot(epochs, y, dashes, color=colour, marker=marker, linewidth=1.3, label=name)
     found = [y[np.isfinite(y) & (y != 0)] for y in lines.values()]
     typical = [float(np.median(y)) for y in found if y.size]
-    if typical and min(y.min() for y in found if y.size) > 0 and max(typical) > ORDERS * min(typical):
-        axis.set_yscale("log")
+    if may_be_log and typical and min(y.min() for y in found if y.size) > 0 and max(typical) > ORDERS * min(typical):
+        axis.set_yscale("log", nonpositive="mask")
     axis.margins(x=0.01)
     axis.grid(alpha=0.3)
     columns = -(-len(lines) // MOST_IN_COLUMN)
