@@ -294,8 +294,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             numbers.append(f"{100 * row['share_kept']:.1f} % of the pseudo-labels kept")
         manager = self.plans_manager
         what = f"-d {manager.dataset_name} -c {self.configuration_name} -f {self.fold} -tr {self.__class__.__name__}"
+        drawn = f", {pictures.FOLDER}" if self.settings.pictures else ""
         return (
-            f"Finished: {', '.join(numbers)}. Log and picture: semisup_log.csv, semisup_progress.png in "
+            f"Finished: {', '.join(numbers)}. Log and pictures: semisup_log.csv, semisup_progress.png{drawn} in "
             f"{self.output_folder}. Next: nnUNetv2_predict {what} -p {manager.plans_name} -i IMAGES -o PREDICTIONS"
         )
 

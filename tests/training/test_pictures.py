@@ -18,7 +18,7 @@ from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.training.pictures import PatchPictures, evaluating, fixed_patches, is_due, opinion
 
 NAME = "nnUNetTrainerMeanTeacher"
-SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "pictures": 20}
 
 
 def drawn(trainer) -> list[str]:
@@ -77,7 +77,7 @@ def test_patches_are_the_centres_of_three_cases_padded_with_zeros(tiny, configur
 
 @pytest.mark.parametrize(
     ("kind", "configuration"),
-    [("regions and ignore", "3d_fullres"), ("regions", "2d"), ("ignore", "2d"), ("4 classes", "3d_fullres")],
+    [("regions and ignore", "3d_fullres"), ("regions", "2d"), ("ignore", "2d"), ("4 classes", "3d_resenc")],
 )
 def test_a_training_leaves_pictures_whatever_its_labels(datasets, use, kind, configuration):
     trainer = use(datasets(kind)).trainer(NAME, configuration, **SHORT)
@@ -90,7 +90,7 @@ def test_a_training_leaves_pictures_whatever_its_labels(datasets, use, kind, con
 
 
 def test_zero_pictures_are_none(tiny):
-    trainer = tiny.trainer(NAME, pictures=0, **SHORT)
+    trainer = tiny.trainer(NAME, **SHORT | {"pictures": 0})
     trainer.run_training()
     assert not Path(trainer.output_folder, "semisup_patches").exists()
 
@@ -108,7 +108,7 @@ def test_only_the_first_process_draws(tiny):
 def test_training_is_bit_for_bit_the_same_without_pictures(tiny, name, configuration):
     runs = []
     for count in (0, 20):
-        trainer = tiny.trainer(name, configuration, deterministic_seed=3, pictures=count, **SHORT)
+        trainer = tiny.trainer(name, configuration, deterministic_seed=3, **SHORT | {"pictures": count})
         trainer.run_training()
         runs.append(trainer)
     without, with_pictures = runs
@@ -225,7 +225,6 @@ def test_the_pseudo_label_is_the_teachers_once_the_method_has_started(tiny, figu
         if teacher is not trainer.bare_network:
             trainer.bare_network.decoder.seg_layers[-1].bias[1] = 100.0
     trainer._draw_patches("title")
-    trainer.begin_terms = None
     trainer._start.start_at(0)
     trainer._draw_patches("title")
     (before, after) = ([axis.images[0].get_array() for axis in f.axes[:4]] for f in figures)
@@ -238,6 +237,26 @@ def test_the_pseudo_label_is_the_teachers_once_the_method_has_started(tiny, figu
         assert "teacher's" in titles[1] and not np.array_equal(after[1], after[3])
         assert np.allclose(after[2], 0.5), "a network without an opinion is as certain as a coin"
     assert np.array_equal(before[0], after[0]), "the patch is the same"
+
+
+def test_the_epoch_with_which_the_method_starts_has_a_picture(tiny, figures, monkeypatch):
+    settings = {**SHORT, "num_epochs": 4, "pictures": 1, "start_dice": 0.5}
+    trainer = tiny.trainer(NAME, "2d", **settings)
+    log = trainer.on_validation_epoch_end
+
+    def logged(outputs):
+        log(outputs)
+        dice = [0.1, 0.6, 0.2, 0.2][trainer.current_epoch]
+        trainer.logger.get_value("dice_per_class_or_region", None)[-1] = [dice]
+
+    monkeypatch.setattr(trainer, "on_validation_epoch_end", logged)
+    trainer.run_training()
+    assert drawn(trainer) == [f"epoch_000{epoch}.png" for epoch in (0, 1, 3)]
+    titles = [f.get_suptitle() for f in figures if "after epoch" in f.get_suptitle()]
+    first_lines = {title.split("\n")[0] for title in titles}
+    assert first_lines == {f"{NAME}, {tiny.name}, 2d, fold all"}
+    assert "after epoch 0, the last one is 3; the method has not started" in titles[0]
+    assert "after epoch 1, the last one is 3; the method's terms have started, ramp" in titles[1]
 
 
 class Volumes:
