@@ -58,6 +58,10 @@ class SemiSupSettings:
         0.2, "ours: ramp of all terms from the start on; 0: none", "share of what is left", within="[0, 1]"
     )
     guards: bool = setting(True, "ours: absent and vanishing classes count less, see docs/start.md")
+    pictures: int = setting(
+        20, "ours: of three unlabelled patches, spread over the training; 0: none", "about so many", within="[0, inf)"
+    )
+    tensorboard: bool = setting(False, "ours: log and pictures for TensorBoard too; needs pip install tensorboard")
     deterministic_seed: int | None = setting(
         None, "ours: weights, loaders and noise; with nnUNet_n_proc_DA=0 exact, after a resume too"
     )

@@ -159,12 +159,14 @@ class TinyDataset:
     ):
         """A trainer on the CPU; keyword arguments are settings of its method.
 
-        Its terms are on from the first step: the burn-in has tests of its own, which set ``start_dice``.
+        Its terms are on from the first step: the burn-in has tests of its own, which set ``start_dice``. It draws no
+        patches: they take longer than a tiny training, and have tests of their own too, which set ``pictures``.
         """
         trainer_class = getattr(trainers, name)
         plans = copy.deepcopy(plans or self.plans)
         if settings or "semisup" not in plans:
-            plans["semisup"] = {trainer_class.base_name(): {"start_dice": 0.0, "ramp_share": 0.0, **settings}}
+            at_once = {"start_dice": 0.0, "ramp_share": 0.0, "pictures": 0}
+            plans["semisup"] = {trainer_class.base_name(): {**at_once, **settings}}
         plans["continue_training"] = resume
         return trainer_class(plans, configuration, fold, self.dataset_json, torch.device("cpu"))
 

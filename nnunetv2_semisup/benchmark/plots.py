@@ -11,14 +11,19 @@ import math
 import os
 import zlib
 from collections.abc import Callable
+from colorsys import hsv_to_rgb
 from dataclasses import astuple
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -30,14 +35,24 @@ from nnunetv2_semisup.benchmark.table import Comparison
 from nnunetv2_semisup.data.folders import read_dataset_json
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import whole_file
+from nnunetv2_semisup.names import split_epochs
 
-# A trainer looks the same in every picture. Okabe & Ito's colours: distinguishable with the common colour blindnesses.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
-MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
-KNOWN = (
-    *("MeanTeacher", "CrossMatch", "SSNet", "SimCVD", "ACTION", "ACTIONPlusPlus", "PasteMatch", "UAMT", "CPS", "BCP"),
-    "UniMatch",
-)
+# A trainer looks the same in every picture, whatever others are in it. The first ones are Okabe & Ito's colours:
+# distinguishable with the common colour blindnesses; with so many trainers the markers help.
+LOOKS = {
+    "": ("#000000", "o"),  # stock
+    "MeanTeacher": ("#0072B2", "s"),
+    "CrossMatch": ("#D55E00", "^"),
+    "SSNet": ("#009E73", "D"),
+    "SimCVD": ("#CC79A7", "v"),
+    "ACTION": ("#E69F00", "P"),
+    "ACTIONPlusPlus": ("#56B4E9", "X"),
+    "PasteMatch": ("#882255", "<"),
+    "UAMT": ("#332288", ">"),
+    "CPS": ("#999933", "p"),
+    "BCP": ("#8C510A", "h"),
+    "UniMatch": ("#E0218A", "d"),
+}
 TRUTH, PREDICTION = "#E69F00", "#56B4E9"
 DIGEST = "Description"  # key of a PNG's text that holds the digest of the numbers in it
 
@@ -134,7 +149,7 @@ def draw_label_efficiency(comparisons: list[Comparison]) -> Figure:
     for i, trainer in enumerate(trainers):
         of_trainer = sorted((c for c in points if c.trainer == trainer), key=lambda c: c.setting["labeled"])
         # a little apart, or the bars of one budget cover each other
-        x = [c.setting["labeled"] * 1.03 ** (i - (len(trainers) - 1) / 2) for c in of_trainer]
+        x = [c.setting["labeled"] * 1.02 ** (i - (len(trainers) - 1) / 2) for c in of_trainer]
         y = [100 * c.mean["dice"] for c in of_trainer]
         sd = [100 * c.sd["dice"] for c in of_trainer]  # NaN, no bar, for one run
         colour, marker = look(trainer)
@@ -148,7 +163,7 @@ def draw_label_efficiency(comparisons: list[Comparison]) -> Figure:
     axis.set_xscale("log")
     axis.set_xticks(budgets, [str(n) for n in budgets])
     axis.minorticks_off()
-    axis.set_xlim(0.75 * min(budgets), 1.33 * max(budgets))
+    axis.set_xlim(0.85 * min(budgets), max(budgets) / 0.85)
     axis.set_xlabel("labelled cases (log scale)" if len(budgets) > 1 else "labelled cases")
     axis.set_ylabel("test Dice in %: mean, sd, and every run")
     s = comparisons[0].setting
@@ -211,6 +226,7 @@ def draw_cases(comparisons: list[Comparison]) -> Figure:
     lines = math.ceil(len(methods) / columns)
     figure = Figure(figsize=(3.4 * columns + 0.4, 3.9 * lines + 0.4), layout="compressed")
     FigureCanvasAgg(figure)
+    cast(ConstrainedLayoutEngine, figure.get_layout_engine()).set(h_pad=0.1, w_pad=0.1)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     pairs = [_common(baseline.cases, method.cases) for method, _ in methods]
     everything = 100 * np.concatenate([np.concatenate(pair) for pair in pairs])
@@ -219,7 +235,7 @@ def draw_cases(comparisons: list[Comparison]) -> Figure:
     limits = (low - margin, high + margin)
     for axis, (method, d), (x, y) in zip(axes, methods, pairs, strict=False):
         colour, marker = look(method.trainer)
-        size = 26 if len(x) < 60 else 12
+        size = 26 if len(x) < 100 else 12
         axis.plot(limits, limits, color="0.5", linewidth=1, zorder=1)
         axis.scatter(100 * x, 100 * y, s=size, color=colour, marker=marker, alpha=0.75, linewidth=0, zorder=2)
         axis.set_title(
@@ -227,7 +243,7 @@ def draw_cases(comparisons: list[Comparison]) -> Figure:
             fontsize="medium",
         )
         axis.set_aspect("equal")
-        axis.set(xlim=limits, ylim=limits, xlabel="test Dice in %, stock nnU-Net")
+        axis.set(xlim=limits, ylim=limits)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axis.grid(alpha=0.3)
@@ -236,6 +252,8 @@ def draw_cases(comparisons: list[Comparison]) -> Figure:
     s = baseline.setting
     for axis in axes[::columns]:
         axis.set_ylabel("test Dice in %, method")
+    for axis in axes[: len(methods)][-columns:]:  # the last of each column
+        axis.set_xlabel("test Dice in %, stock nnU-Net")
     figure.suptitle(f"{table.place(s)}, {s['labeled']} labelled, {s['steps']:,} steps", fontsize="medium")
     return figure
 
@@ -247,30 +265,45 @@ def draw_curves(comparisons: list[Comparison]) -> Figure:
         "share of pseudo-labels kept": "share_kept",
         "share of voxels, all classes,\nin the pseudo-labels": "share_volume_",
     }
-    drawn: dict[str, list[tuple[str, pd.Series]]] = {}
+    drawn: dict[str, list[tuple[str, pd.Series]]] = {title: [] for title in panels}
     for c in comparisons:
         for curve in c.curves:
             for title, prefix in panels.items():
                 columns = curve[[name for name in curve if name.startswith(prefix)]]
                 if columns.shape[1]:
                     line = columns.mean(axis=1) if title.startswith("online") else columns.sum(axis=1, min_count=1)
-                    drawn.setdefault(title, []).append((c.trainer, line))
+                    drawn[title].append((c.trainer, line))
+    drawn = {title: lines for title, lines in drawn.items() if lines}
     figure = Figure(figsize=(8.6, 0.6 + 2.5 * len(drawn)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
     for axis, (title, lines) in zip(axes, drawn.items(), strict=True):
         for trainer, line in lines:
             axis.plot(line.index + 1, line, color=look(trainer)[0], linewidth=1.2)
+        axis.margins(x=0.01)
+        if title.startswith("online") and _cut_off_the_beginning(axis, [line for _, line in lines]):
+            title += "\n(axis without the beginning)"
         axis.set_ylabel(title, fontsize="small")
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("epochs done")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     handles = [Line2D([], [], color=look(t)[0], label=_short(t)) for t in _trainers(comparisons)]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
     s = comparisons[0].setting
     on = "training cases" if s["fold"] == "all" else "validation cases"
     figure.suptitle(f"{table.place(s)}, {s['labeled']} labelled; online Dice on {on}", fontsize="medium")
     return figure
+
+
+def _cut_off_the_beginning(axis: Axes, lines: list[pd.Series]) -> bool:
+    """Let the axis begin with what the lines are after a tenth of the training, if they rise from far below."""
+    every, later = pd.concat(lines), pd.concat([line.iloc[len(line) // 10 :] for line in lines])
+    low, high, height = later.min(), every.max(), every.max() - every.min()
+    if not high - low < 0.7 * height:
+        return False
+    margin = max(0.01, 0.05 * (high - low))
+    axis.set_ylim(low - margin, high + margin)
+    return True
 
 
 def _common(baseline: pd.DataFrame, method: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -369,12 +402,12 @@ def _short(trainer: str) -> str:
 
 
 def look(trainer: str) -> tuple[str, str]:
-    """Colour and marker of a trainer, the same in every picture; one that we do not know has its own by its name."""
-    if trainer == BASELINE:
-        return "#000000", "o"
-    name = _short(trainer)
-    i = KNOWN.index(name) if name in KNOWN else len(KNOWN) + zlib.crc32(name.encode())
-    return COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    """Colour and marker of a trainer, with or without its number of epochs; one that is new has its own by its name."""
+    name = split_epochs(trainer)[0].removeprefix(BASELINE)
+    if name in LOOKS:
+        return LOOKS[name]
+    number = zlib.crc32(name.encode())
+    return to_hex(hsv_to_rgb(number % 360 / 360, 0.6, 0.6)), "sDvPX"[number % 5]
 
 
 def _save(figure: Figure, file: Path, numbers: str) -> None:

@@ -34,7 +34,7 @@ from nnunetv2_semisup.labels import class_names
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.settings import SemiSupSettings
 from nnunetv2_semisup.trainers.method import SemiSupMethod, TaskInfo
-from nnunetv2_semisup.training import checkpoints, rehearsal, streams
+from nnunetv2_semisup.training import checkpoints, pictures, rehearsal, streams, tensorboard
 from nnunetv2_semisup.training.distributed import broadcast_state, is_distributed, mean_over_processes
 from nnunetv2_semisup.training.learning_rate import RestartingPolyLR
 from nnunetv2_semisup.training.log import TrainingLog
@@ -90,8 +90,10 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         manager = self.label_manager
         foreground = manager.foreground_regions if manager.has_regions else manager.foreground_labels
         names = class_names(dataset_json["labels"], foreground)
-        s = self.settings
-        self._start = Start(names, not self.label_manager.has_regions, s.start_dice, s.start_latest, s.ramp_share)
+        s, shape = self.settings, self.configuration_manager
+        self._start = Start(names, not manager.has_regions, s.start_dice, s.start_latest, s.ramp_share)
+        self._pictures = pictures.PatchPictures(names, manager.has_regions, shape.patch_size, shape.spacing)
+        self._tensorboard: tensorboard.TensorBoardLogger | None = None  # -> on_train_start
 
     # ---------------------------------------------------------------------------------------------------- set-up
 
@@ -230,12 +232,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         # Stock builds its two loaders, transforms and all, without starting workers.
         with files.environment(nnUNet_n_proc_DA="0"):
             train, val = (augmenter.data_loader for augmenter in super().get_dataloaders())
-        folder = folders.unlabeled_folder(
-            self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier
-        )
         both = streams.two_streams(
             train,
-            loader.UnlabeledDataset(folder, self.unlabeled_cases),
+            self._unlabeled_dataset(),
             self._unlabeled_batch_size(),
             self.label_manager,
             self.method.wants_partners,
@@ -247,6 +246,11 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             streams.start_augmenter(both, workers, max(6, workers // 2), **shared),
             streams.start_augmenter(val, max(1, workers // 2) if workers else 0, max(3, workers // 4), **shared),
         )
+
+    def _unlabeled_dataset(self) -> loader.UnlabeledDataset:
+        identifier = self.configuration_manager.data_identifier
+        folder = folders.unlabeled_folder(self.preprocessed_dataset_folder_base, identifier)
+        return loader.UnlabeledDataset(folder, self.unlabeled_cases)
 
     def _unlabeled_batch_size(self) -> int:
         """Unlabelled patches per step and process."""
@@ -274,6 +278,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         finally:
             self._stop.stop_listening()
             streams.end_augmenters(self.dataloader_train, self.dataloader_val)
+            if self._tensorboard is not None:
+                self._tensorboard.close()
         if self._stop.wanted:
             sys.exit(self._stop.exit_code)
         if self.local_rank == 0:
@@ -288,8 +294,9 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             numbers.append(f"{100 * row['share_kept']:.1f} % of the pseudo-labels kept")
         manager = self.plans_manager
         what = f"-d {manager.dataset_name} -c {self.configuration_name} -f {self.fold} -tr {self.__class__.__name__}"
+        drawn = f", {pictures.FOLDER}" if self.settings.pictures else ""
         return (
-            f"Finished: {', '.join(numbers)}. Log and picture: semisup_log.csv, semisup_progress.png in "
+            f"Finished: {', '.join(numbers)}. Log and pictures: semisup_log.csv, semisup_progress.png{drawn} in "
             f"{self.output_folder}. Next: nnUNetv2_predict {what} -p {manager.plans_name} -i IMAGES -o PREDICTIONS"
         )
 
@@ -298,6 +305,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             self.initialize()
         if reason := self.method.unfit_batch(self.batch_size, self._unlabeled_batch_size()):
             raise InputError(f"{self.base_name()}: {reason}")
+        if self.settings.tensorboard:
+            tensorboard.require_tensorboard()
         self.unlabeled_cases = self._prepare_unlabeled_cases()
         self._warn_of_memory()
         self._seed()
@@ -306,9 +315,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         broadcast_state(self.bare_network, self.method)
         super().on_train_start()
         if self.local_rank == 0:
-            if not self._resumed and not self.disable_checkpointing:
-                for old, new in checkpoints.set_aside(Path(self.output_folder)):
-                    self.print_to_log_file(f"An earlier run left {old.name} here: renamed to {new.name}")
+            self._begin_output()
             self._write_settings()
         self._last_save = time()
         self._stop.listen()
@@ -321,6 +328,21 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             what = manager.dataset_name, self.configuration_name, manager.plans_name, self.__class__.__name__
             if warning := rehearsal.memory_warning(*what, available):
                 self.print_to_log_file(warning)
+
+    def _begin_output(self) -> None:
+        """Keep apart from what an earlier run, or the epochs that a resumed run repeats, left in the folder."""
+        if self._resumed:
+            pictures.remove_from(self.output_folder, self.current_epoch)
+        else:
+            weights = () if self.disable_checkpointing else ("checkpoint_*.pth",)
+            earlier = checkpoints.set_aside(Path(self.output_folder), pictures.FOLDER, tensorboard.FOLDER, *weights)
+            for old, new in earlier:
+                self.print_to_log_file(f"An earlier run left {old.name} here: renamed to {new.name}")
+        if self.settings.tensorboard:
+            self._tensorboard = tensorboard.TensorBoardLogger(
+                self.output_folder, self.current_epoch, self.print_to_log_file
+            )
+            self.logger.loggers.append(self._tensorboard)
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
@@ -409,16 +431,12 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
 
     def on_epoch_end(self):
         steps, total = self._steps
-        ramp = self._start.ramp(steps, total)
-        row = self.training_log.end_epoch(self.current_epoch, progress=steps / total, ramp=ramp)
+        ramp, was_started = self._start.ramp(steps, total), self._start.started
+        row = self.training_log.end_epoch(self.current_epoch, progress=steps / total, ramp=ramp, stage=self._stage)
         if not self.is_supervised:
             self._end_epoch_of_start(row)
         if self.local_rank == 0:
-            try:
-                self.training_log.write_csv(Path(self.output_folder, "semisup_log.csv"))
-                self.training_log.draw(Path(self.output_folder, "semisup_progress.png"))
-            except InputError as error:  # the checkpoint, which comes next, is worth more
-                self.print_to_log_file(f"WARNING: {error}")
+            self._write_log(terms_start=self._start.started and not was_started)
             for external in self.logger.loggers:
                 for key, value in row.items():
                     external.log(f"semisup/{key}", value, self.current_epoch)
@@ -431,6 +449,34 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         self._best_ema = None if self._best_ema == math.inf else self._best_ema
         if due:
             self._last_save = time()
+
+    def _write_log(self, terms_start: bool) -> None:
+        """Table and pictures. Whatever goes wrong is a warning: the checkpoint, which comes next, is worth more."""
+        epoch, last, manager = self.current_epoch, self.num_epochs - 1, self.plans_manager
+        what = f"{self.__class__.__name__}, {manager.dataset_name}, {self.configuration_name}, fold {self.fold}"
+        first = int(not self.label_manager.has_regions)
+        heads = dict(enumerate(self._start.names, first))
+        dice = self.logger.get_value("dice_per_class_or_region", None)
+        try:
+            self.training_log.write_csv(Path(self.output_folder, "semisup_log.csv"))
+            self.training_log.draw(Path(self.output_folder, "semisup_progress.png"), what, heads, dice)
+            if pictures.is_due(epoch, self.num_epochs, self.settings.pictures, terms_start):
+                self._draw_patches(f"{what}\nafter epoch {epoch}, the last one is {last}")
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.print_to_log_file(f"WARNING: log or pictures of epoch {epoch} are incomplete: {reason}")
+
+    def _draw_patches(self, title: str) -> None:
+        student, (steps, total) = self.bare_network, self._steps
+        begun = self._start.started  # until then a teacher is what it was at the beginning
+        teacher = self.method.teacher_network(student) if begun else student
+        state = f"the method's terms have started, ramp {self._start.ramp(steps, total):.2f}"
+        title += f"; {state if begun else 'the method has not started: steps are those of nnU-Net'}"
+        file = pictures.file_of(self.output_folder, self.current_epoch, self.num_epochs)
+        autocast, progress = self._autocast, steps / total
+        self._pictures.draw(file, title, self._unlabeled_dataset(), student, teacher, self.device, autocast, progress)
+        if self._tensorboard is not None:
+            self._tensorboard.log_picture("semisup/patches", file, self.current_epoch)
 
     def _end_epoch_of_start(self, row: dict[str, float]) -> None:
         """Decide whether the method's terms start, and how much each class counts in the next epoch."""
@@ -515,6 +561,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             "stage": self._stage,
             "start": self._start.state(),
             "log": self.training_log.rows,
+            "picture_slices": self._pictures.slices,
             "training_weights": training_weights,
         }
         checkpoints.write(stock, ours, filename)
@@ -546,6 +593,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         else:
             self._weigh_heads()
         self.training_log.rows = list(ours["log"])
+        self._pictures.slices = dict(ours.get("picture_slices", {}))
         # A run that was stopped within an epoch repeats it: drop what nnU-Net's log has of it.
         for values in self.logger.local_logger.get_checkpoint().values():
             del values[self.current_epoch :]

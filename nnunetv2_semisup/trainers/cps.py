@@ -72,6 +72,9 @@ class CPS(SemiSupMethod[CPSSettings]):
         first, second = self._cross_losses(network, unlabelled["data"])
         yield {"cross_1": (weight, first), "cross_2": (weight, second)}
 
+    def teacher_network(self, network: nn.Module) -> nn.Module:
+        return self.second
+
     def _second_supervised(self, labelled: dict) -> Tensor:
         output, _ = taps.decode(self.second, taps.encode(self.second, labelled["data"]))
         self._note_dice(taps.full_resolution(output).detach(), labelled["target"])

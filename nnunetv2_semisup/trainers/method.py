@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_semisup.network import taps
+from nnunetv2_semisup.network.teacher import MovingAverage
 from nnunetv2_semisup.settings import SemiSupSettings
 from nnunetv2_semisup.training.step import Group
 from nnunetv2_semisup.training.supervised import SupervisedLoss
@@ -149,6 +150,14 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
 
     def reset(self, network: nn.Module) -> None:
         """Called once before the first step with the method's terms, when ``network`` has the weights to start from."""
+
+    def teacher_network(self, network: nn.Module) -> nn.Module:
+        """The network, shaped as ``network``, from whose decision ``network`` learns on unlabelled patches.
+
+        It is ``self.teacher``, where the method has one, else ``network`` itself. For pictures of the pseudo-labels.
+        """
+        teacher = getattr(self, "teacher", None)
+        return teacher.module if isinstance(teacher, MovingAverage) else network
 
     def inference_network(self, network: nn.Module) -> nn.Module:
         """The network whose weights are validated and written for prediction; same keys as ``network``."""

@@ -160,10 +160,16 @@ def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, t
     return {key: (value, before.get(key)) for key, value in now.items() if value != before.get(key)}
 
 
-def set_aside(folder: Path) -> list[tuple[Path, Path]]:
-    """Rename the checkpoints of an earlier run: ``--c`` would otherwise finish that one. Returns (old, new) paths."""
+def set_aside(folder: Path, *patterns: str) -> list[tuple[Path, Path]]:
+    """Rename what an earlier run left in ``folder`` under names that fit one of ``patterns``.
+
+    ``--c`` would otherwise finish that run, and its pictures would lie among the new ones.
+
+    Returns:
+        (old, new) paths.
+    """
     renamed = []
-    for old in sorted(folder.glob("checkpoint_*.pth")):
+    for old in sorted(file for pattern in patterns for file in folder.glob(pattern)):
         new = old.with_name(f"previous_{strftime('%Y%m%d_%H%M%S')}_{old.name}")
         os.replace(old, new)
         renamed.append((old, new))

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from nnunetv2_semisup import files
 from nnunetv2_semisup.colours import COLOURS
+
+MOST_WITH_MARKERS = 50  # epochs; with more the markers would hide the lines
+ORDERS = 10.0  # how many times the largest line is the smallest before the axis is logarithmic
+MOST_IN_COLUMN = 8  # names in a column of a legend
+
+Lines = dict[str, np.ndarray]  # name -> value per row of the log, NaN where it has none
 
 
 class TrainingLog:
@@ -41,31 +51,111 @@ class TrainingLog:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         files.write_csv(file, columns, ({k: f"{v:.6g}" for k, v in row.items()} for row in self.rows))
 
-    def draw(self, file: Path) -> None:
-        """One panel per kind of value: losses, weights, shares in [0, 1], and the gradient's norm."""
+    def draw(
+        self,
+        file: Path,
+        title: str = "",
+        heads: Mapping[int, str] | None = None,
+        dice: Sequence[Sequence[float]] = (),
+    ) -> None:
+        """One panel per kind of value over the epochs; vertical lines where the method's terms and its stages begin.
+
+        Args:
+            file: PNG to write.
+            title: above all panels.
+            heads: number of a head in the log's names -> name of its class or region.
+            dice: nnU-Net's online Dice: per epoch a value for each of ``heads``, NaN where a class is nowhere.
+        """
         from matplotlib import style
         from matplotlib.figure import Figure
 
-        prefixes = {"loss (unweighted)": "loss_", "weight": "weight_", "share": "share_", "gradient": "gradient_"}
-        panels = {title: keys for title, prefix in prefixes.items() if (keys := self._columns(prefix))}
+        panels = {label: lines for label, lines in self._panels(heads or {}).items() if lines}
         if not panels:  # every step so far overflowed
             return
+        if len(dice):
+            panels = {"online Dice": self._dice(list((heads or {}).values()), dice), **panels}
+        epochs = [row["epoch"] for row in self.rows]
         with style.context("default"):  # nnU-Net's plot leaves seaborn's settings, with letters 2.5 times as large
-            figure = Figure(figsize=(8, 2.3 * len(panels)), layout="constrained")
+            figure = Figure(figsize=(10, 0.7 + 2.2 * len(panels)), layout="constrained")
             axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-            for axis, (title, keys) in zip(axes, panels.items(), strict=True):
-                for i, key in enumerate(keys):
-                    x, y = zip(*((row["epoch"], row.get(key, math.nan)) for row in self.rows), strict=True)
-                    line = ("-", "--", ":")[i // len(COLOURS) % 3]
-                    label = key.split("_", 1)[1].replace("_", " ")
-                    axis.plot(x, y, line, color=COLOURS[i % len(COLOURS)], marker=".", label=label)
-                axis.set_ylabel(title)
-                axis.grid(alpha=0.3)
-                axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+            for axis, (label, lines) in zip(axes, panels.items(), strict=True):
+                _draw_lines(axis, epochs, lines, may_be_log=not label.startswith(("share", "online")))
+                axis.set_ylabel(label, fontsize="small")
+                for epoch, _ in self._marks():
+                    axis.axvline(epoch, color="0.4", linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+            for epoch, text in self._marks():
+                axes[0].annotate(
+                    f" {text}", (epoch, 1.01), xycoords=("data", "axes fraction"), fontsize="small", va="bottom"
+                )
             axes[-1].set_xlabel("epoch")
             axes[-1].xaxis.get_major_locator().set_params(integer=True)
+            figure.suptitle(title, fontsize="medium")
             with files.whole_file(file) as temporary:
                 figure.savefig(temporary, dpi=120, format="png")
 
-    def _columns(self, prefix: str) -> list[str]:
-        return list(dict.fromkeys(key for row in self.rows for key in row if key.startswith(prefix)))
+    def _panels(self, heads: Mapping[int, str]) -> dict[str, Lines]:
+        """Label of the axis -> lines, maybe none."""
+        losses, weights = self._lines("loss_"), self._lines("weight_")
+        on_labels = {name: y for name, y in losses.items() if name.startswith("supervised") or name == "total"}
+        terms = {name: y for name, y in losses.items() if name not in on_labels}
+        weighted = {name: weights[name] * y for name, y in terms.items() if name in weights}
+        shares, volumes = self._lines("share_"), self._lines("share_volume_")
+        return {
+            "loss on labels\nand weighted total": on_labels,
+            "unsupervised terms\n(unweighted)": terms,
+            "unsupervised terms,\nweight × term": weighted,
+            "weight": {name: weights[name] for name in [*weighted, *weights]},  # in the terms' colours
+            "share": {name: y for name, y in shares.items() if not name.startswith("volume ")},
+            "share of voxels in\nthe pseudo-labels": {
+                heads.get(int(name), name) if name.isdecimal() else name: y for name, y in volumes.items()
+            },
+            "gradient": self._lines("gradient_"),
+        }
+
+    def _lines(self, prefix: str) -> Lines:
+        keys = list(dict.fromkeys(key for row in self.rows for key in row if key.startswith(prefix)))
+        names = [key.removeprefix(prefix).replace("_", " ") for key in keys]
+        return {
+            name: np.array([row.get(key, math.nan) for row in self.rows]) for name, key in zip(names, keys, strict=True)
+        }
+
+    def _dice(self, names: list[str], dice: Sequence[Sequence[float]]) -> Lines:
+        """Of each class, and the mean of several."""
+        by_epoch = {epoch: np.asarray(values, float) for epoch, values in enumerate(dice)}
+        values = np.array([by_epoch.get(int(row["epoch"]), np.full(len(names), math.nan)) for row in self.rows])
+        lines = dict(zip(names, values.T, strict=True))
+        if len(names) > 1:
+            known = np.isfinite(values)
+            lines["mean"] = np.where(known, values, 0).sum(1) / np.where(known.any(1), known.sum(1), math.nan)
+        return lines
+
+    def _marks(self) -> list[tuple[float, str]]:
+        """Epochs with which something begins after the first one, and what."""
+        marks = {}
+        for before, row in zip(self.rows, self.rows[1:], strict=False):
+            if before.get("ramp", 0) == 0 < row.get("ramp", 0):
+                marks[row["epoch"]] = "the method's terms start"
+            if before.get("stage", 1) < row.get("stage", 1):
+                marks[row["epoch"]] = f"stage {row['stage']:g}"
+        return list(marks.items())
+
+
+def _draw_lines(axis: Any, epochs: list[float], lines: Lines, may_be_log: bool) -> None:
+    """Curves with their legend beside ``axis``; it is logarithmic if it may and they differ by orders of magnitude."""
+    marker = "." if len(epochs) <= MOST_WITH_MARKERS else ""
+    colours = COLOURS[:-1]  # black is kept for sums
+    for i, (name, y) in enumerate(lines.items()):
+        colour, dashes = colours[i % len(colours)], ("-", "--", ":")[i // len(colours) % 3]
+        if name in ("mean", "total"):
+            colour, dashes = "black", "-"
+        elif name.startswith("supervised"):
+            colour, dashes = "0.55", "-" if name == "supervised" else "--"
+        axis.plot(epochs, y, dashes, color=colour, marker=marker, linewidth=1.3, label=name)
+    found = [y[np.isfinite(y) & (y != 0)] for y in lines.values()]
+    typical = [float(np.median(y)) for y in found if y.size]
+    if may_be_log and typical and min(y.min() for y in found if y.size) > 0 and max(typical) > ORDERS * min(typical):
+        axis.set_yscale("log", nonpositive="mask")
+    axis.margins(x=0.01)
+    axis.grid(alpha=0.3)
+    columns = -(-len(lines) // MOST_IN_COLUMN)
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), ncols=columns)

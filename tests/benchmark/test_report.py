@@ -1,9 +1,11 @@
 """Generated pages and pictures: made from the CSV files, and noticed when they are stale."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.image import imread
 
@@ -131,11 +133,26 @@ def test_pictures_show_something(results):
 
 
 def test_a_trainer_looks_the_same_everywhere_and_unlike_all_others():
-    ours = ["nnUNetTrainer", *discovery.trainers(), *(f"nnUNetTrainer{name}" for name in plots.KNOWN)]
-    assert {name.removeprefix("nnUNetTrainer") for name in discovery.trainers()} <= set(plots.KNOWN)
-    looks = {name: plots.look(name) for name in ours}
-    assert len(set(looks.values())) == len(looks)
-    assert plots.look("nnUNetTrainerOfAStranger") == plots.look("nnUNetTrainerOfAStranger")
+    assert {name.removeprefix("nnUNetTrainer") for name in discovery.trainers()} <= set(plots.LOOKS)
+    looks = {name: plots.look(f"nnUNetTrainer{name}") for name in [*plots.LOOKS, "OfAStranger"]}
+    colours, markers = zip(*looks.values(), strict=True)
+    assert len(set(colours)) == len(looks) and len(set(markers[:-1])) == len(plots.LOOKS)
+    for name, expected in looks.items():
+        assert plots.look(f"nnUNetTrainer{name}_20epochs") == plots.look(f"nnUNetTrainer{name}_1epoch") == expected
+
+
+def test_the_axis_of_the_online_dice_fits_what_comes_after_the_beginning(results):
+    comparison = next(c for c in table.load(results) if c.is_plain)
+
+    def axis_of(dice):
+        (axis,) = plots.draw_curves([replace(comparison, curves=(pd.DataFrame({"online_dice_1": dice}),))]).axes
+        return axis
+
+    axis = axis_of([0.0, 0.5, *18 * [0.8], 0.9])
+    assert axis.get_ylim() == pytest.approx((0.79, 0.91)) and "without the beginning" in axis.get_ylabel()
+    for dice in (np.linspace(0, 1, 21), 21 * [0.5]):
+        axis = axis_of(dice)
+        assert axis.get_ylim()[0] < min(dice) and "without" not in axis.get_ylabel()
 
 
 def test_the_ceiling_is_stock_where_no_method_ran(results):

@@ -1,6 +1,8 @@
 import csv
+import math
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from nnunetv2_semisup.training.log import TrainingLog
@@ -59,3 +61,59 @@ def test_picture_does_not_depend_on_what_nnunet_drew_before(tmp_path):
     finally:
         seaborn.reset_orig()
     assert (tmp_path / "before.png").read_bytes() == (tmp_path / "after.png").read_bytes()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    return saved
+
+
+def panels(figure) -> dict:
+    """Label of the axis -> name of the line -> its values."""
+    return {
+        a.get_ylabel(): {x.get_label(): x.get_ydata() for x in a.get_legend_handles_labels()[0]} for a in figure.axes
+    }
+
+
+@pytest.mark.parametrize("epochs", [10, 1000])
+def test_dice_weighted_terms_start_and_stages_are_shown(tmp_path, figures, epochs):
+    log, dice = TrainingLog(), []
+    for epoch in range(epochs):
+        on = epoch >= epochs // 5
+        if on:
+            log.add({"loss_consistency": 0.5, "weight_consistency": 0.2, "loss_small": 0.002, "weight_small": 1.0})
+            log.add({"share_volume_1": 0.1, "share_kept": 0.9})
+        log.add({"loss_supervised": -0.8, "weight_supervised": 1.0, "loss_total": -0.7, "gradient_norm": 2.0})
+        log.end_epoch(epoch, progress=epoch / epochs, ramp=0.5 * on, stage=1 + (epoch >= epochs // 2))
+        dice.append([0.6, math.nan if epoch == 0 else 0.8])
+    log.draw(tmp_path / "p.png", "trainer, data set, 2d, fold 0", {1: "left", 2: "right"}, dice)
+    (figure,) = figures
+    assert figure.get_suptitle() == "trainer, data set, 2d, fold 0"
+    shown = panels(figure)
+    assert shown["online Dice"]["mean"][:2] == pytest.approx([0.6, 0.7])
+    assert math.isnan(shown["online Dice"]["right"][0]) and shown["online Dice"]["left"][0] == 0.6
+    weighted = shown["unsupervised terms,\nweight × term"]
+    assert weighted["consistency"][-1] == pytest.approx(0.1) and math.isnan(weighted["consistency"][0])
+    assert shown["unsupervised terms\n(unweighted)"]["consistency"][-1] == 0.5
+    assert set(shown["loss on labels\nand weighted total"]) == {"supervised", "total"}
+    assert list(shown["share of voxels in\nthe pseudo-labels"]) == ["left"] and list(shown["share"]) == ["kept"]
+    scales = {axis.get_ylabel(): axis.get_yscale() for axis in figure.axes}
+    assert scales["unsupervised terms,\nweight × term"] == "log", "0.1 beside 0.002"
+    assert scales["loss on labels\nand weighted total"] == scales["share"] == "linear"
+    assert figure.axes[-1].get_xlabel() == "epoch" and all(axis.get_ylabel() for axis in figure.axes)
+    marks = {text.get_text().strip(): text.xy[0] for text in figure.axes[0].texts}
+    assert marks == {"the method's terms start": epochs // 5, "stage 2": epochs // 2}
+    for axis in figure.axes:
+        assert {line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 2} == set(marks.values())
+    markers = {line.get_marker() for line in figure.axes[0].get_legend_handles_labels()[0]}
+    assert markers == ({"."} if epochs == 10 else {""}), "a thousand markers would hide the line"
+
+
+def test_rows_of_an_older_version_are_drawn(tmp_path):
+    log = TrainingLog()
+    log.rows = [{"epoch": 0, "loss_a": 1.0}, {"epoch": 1, "loss_a": 2.0, "weight_b": 1.0}]
+    log.draw(tmp_path / "p.png", "", {1: "organ"}, [[0.5]])
+    assert (tmp_path / "p.png").is_file()
