@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from nnunetv2_semisup.benchmark import statistics, table
+from nnunetv2_semisup.benchmark import costs, statistics, table
 from nnunetv2_semisup.benchmark.grid import BASELINE, Run
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.benchmark.table import Comparison
@@ -74,8 +74,12 @@ def draw_all(results: Path) -> list[Path]:
             folder.mkdir(exist_ok=True)
             _save(draw(chosen), folder / name, digest(chosen))
             written.append(folder / name)
+        if found := costs.series(results):
+            folder.mkdir(exist_ok=True)
+            _save(costs.draw(found), folder / costs.FILE, costs.digest(found))
+            written.append(folder / costs.FILE)
     for file in folder.glob("*.png"):
-        if file.name not in pictures:
+        if file not in written:
             file.unlink()
     return written
 
@@ -84,12 +88,11 @@ def stale(results: Path) -> list[str]:
     """Names of pictures that are missing or show other numbers than the CSV files."""
     from PIL import Image
 
-    names = []
-    for name, (_, _, chosen) in _pictures(table.load(results)).items():
-        file = results / "plots" / name
-        if not file.is_file() or Image.open(file).info.get(DIGEST) != digest(chosen):
-            names.append(name)
-    return names
+    wanted = {name: digest(chosen) for name, (_, _, chosen) in _pictures(table.load(results)).items()}
+    if found := costs.series(results):
+        wanted[costs.FILE] = costs.digest(found)
+    files = {name: results / "plots" / name for name in wanted}
+    return [n for n, file in files.items() if not file.is_file() or Image.open(file).info.get(DIGEST) != wanted[n]]
 
 
 def digest(comparisons: list[Comparison]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunetv2_semisup.benchmark import counted, plots, records, speed, table
+from nnunetv2_semisup.benchmark import costs, counted, plots, records, speed, table
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import write_text
@@ -79,6 +79,8 @@ def texts(results: Path) -> dict[Path, str]:
         parts.append(table.EMPTY)
     if pictures := plots.plan(comparisons):
         parts += ["## Pictures\n", *(f"![{text}](plots/{name})\n\n{text}\n" for name, text in pictures.items())]
+    if costs.series(results):
+        parts.append(f"## Costs\n\n![{costs.CAPTION}](plots/{costs.FILE})\n\n{costs.CAPTION}\n")
     if measured := speed.sections(results):
         parts += ["## Step time and memory\n", f"{speed.__doc__}\n", measured]
     if parts_counted := counted.sections(results):
