@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -113,9 +114,11 @@ def submit(runs: list[Run], work: WorkFolder, options: Options, parameters: dict
     try:
         executor = submitit.AutoExecutor(folder=work.root / "slurm", cluster=cluster)
         executor.update_parameters(**parameters)
-        jobs = executor.map_array(job, todo, [work] * len(todo), [options] * len(todo))
+        with contextlib.redirect_stderr(StringIO()) as words:  # of sbatch: its errors come again in the exception
+            jobs = executor.map_array(job, todo, [work] * len(todo), [options] * len(todo))
     except (NameError, RuntimeError, AssertionError, TypeError, ValueError) as error:  # submitit's, and sbatch's words
-        raise InputError(f"--slurm: {' '.join(str(error).split())}") from None
+        raise InputError(f"--slurm: {'; '.join(str(error).splitlines())}") from None
+    print(words.getvalue(), end="", file=sys.stderr)
     for run, submitted in zip(todo, jobs, strict=True):
         records.write(work.submitted(run), {"job": submitted.job_id, "time": worker.now()})
         print(f"{submitted.job_id}  {run.id}")
@@ -255,8 +258,6 @@ def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
 
 
 def _check_trainer(name: str) -> None:
-    from io import StringIO
-
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:

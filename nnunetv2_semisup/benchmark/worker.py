@@ -20,6 +20,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -100,7 +101,7 @@ def begin(run: Run, work: WorkFolder, plans: dict, device: str, fold_folder: Pat
     """
     checkpoint, note = work.checkpoint(run), work.unfinished(run) / "begun.json"
     same = {"plans": plans, "device": device, "versions": records.versions()}
-    begun = {"started": now(), "resumed": 0, "commits": [], **same}
+    begun: dict[str, Any] = {"started": now(), "resumed": 0, "commits": [], **same}
     if checkpoint.is_file():
         before = read_object(note, f"remove {note.parent}, and the training starts again", *begun)
         changed = [key for key in same if before[key] != same[key]]
