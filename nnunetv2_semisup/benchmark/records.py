@@ -51,6 +51,17 @@ class WorkFolder:
     def failure(self, run: Run) -> Path:
         return self.root / "failed" / f"{run.id}.json"
 
+    def unfinished(self, run: Run) -> Path:
+        """Folder of what a training needs to go on; gone when it is recorded."""
+        return self.root / "unfinished" / run.id
+
+    def checkpoint(self, run: Run) -> Path:
+        """Of the last whole epoch."""
+        return self.unfinished(run) / "checkpoint.pth"
+
+    def submitted(self, run: Run) -> Path:
+        return self.root / "submitted" / f"{run.id}.json"
+
     def log(self, run: Run) -> Path:
         return self.root / "logs" / f"{run.id}.log"
 

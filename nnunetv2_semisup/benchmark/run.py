@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -103,24 +104,48 @@ def submit(runs: list[Run], work: WorkFolder, options: Options, parameters: dict
     except ModuleNotFoundError:
         raise InputError('--slurm needs submitit: pip install "nnunetv2-semisup[slurm]"') from None
     todo = [run for run in runs if work.missing(run)]
+    queued = {run: number for run in todo if (number := _job_in_queue(run, work))}
+    for run, number in queued.items():
+        print(f"{number}  {run.id}  (in the queue, not submitted again)")
+    todo = [run for run in todo if run not in queued]
     if not todo:
-        print("All runs are finished: nothing to submit")
+        print(f"Nothing to submit: {len(runs) - len(queued)} runs are finished, {len(queued)} in the queue")
         return []
     try:
         executor = submitit.AutoExecutor(folder=work.root / "slurm", cluster=cluster)
         executor.update_parameters(**parameters)
-        jobs = executor.map_array(job, todo, [work] * len(todo), [options] * len(todo))
-    except (NameError, RuntimeError, submitit.core.utils.FailedJobError) as error:  # submitit's own for wrong input
-        raise InputError(f"--slurm: {' '.join(str(error).split())}") from None
+        with contextlib.redirect_stderr(StringIO()) as words:  # of sbatch: its errors come again in the exception
+            jobs = executor.map_array(job, todo, [work] * len(todo), [options] * len(todo))
+    except (NameError, RuntimeError, AssertionError, TypeError, ValueError) as error:  # submitit's, and sbatch's words
+        raise InputError(f"--slurm: {'; '.join(str(error).splitlines())}") from None
+    print(words.getvalue(), end="", file=sys.stderr)
     for run, submitted in zip(todo, jobs, strict=True):
+        records.write(work.submitted(run), {"job": submitted.job_id, "time": worker.now()})
         print(f"{submitted.job_id}  {run.id}")
     print("When they are done: nnUNetv2_semisup_benchmark --report. The same command submits what is not finished.")
     return jobs
 
 
+def _job_in_queue(run: Run, work: WorkFolder) -> str | None:
+    """The number of the job that ``run`` was submitted as, if it waits or runs."""
+    file = work.submitted(run)
+    if not file.is_file():
+        return None
+    number = str(read_object(file, "remove it", "job")["job"])
+    command = ["squeue", "--noheader", "--array", "--format=%i", "--states=PENDING,RUNNING,SUSPENDED"]
+    command.append(f"--jobs={number.split('_')[0]}")
+    with contextlib.suppress(OSError):  # no Slurm here: submitit says so
+        waiting = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+        return number if number in waiting else None
+    return None
+
+
 def job(run: Run, work: WorkFolder, options: Options) -> None:
     """One run as a cluster's job; it fails where the run does."""
-    if run_one(run, work, options) not in (0, worker.BUSY):
+    code = run_one(run, work, options)
+    if code == worker.BUSY:
+        print(f"Another process is doing {run.id}: nothing to do", flush=True)
+    elif code != 0:
         raise RuntimeError(read_object(work.failure(run), "remove it", "message")["message"])
 
 
@@ -233,8 +258,6 @@ def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
 
 
 def _check_trainer(name: str) -> None:
-    from io import StringIO
-
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     try:
@@ -299,7 +322,8 @@ def _time_left(todo: list[Run], work: WorkFolder) -> str:
 
 def _summary(record: dict) -> str:
     rows = [row for row in records.run_rows(record) if row["postprocessing"] == "none"]
-    return ", ".join(f"Dice {row['dice']:.3f} ({row['inference']})" for row in rows)
+    resumed = f", resumed: {record['resumed']}" if record.get("resumed") else ""
+    return ", ".join(f"Dice {row['dice']:.3f} ({row['inference']})" for row in rows) + resumed
 
 
 def _environment(options: Options) -> dict[str, str]:

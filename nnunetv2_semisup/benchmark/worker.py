@@ -17,8 +17,10 @@ from datetime import datetime, timezone
 from itertools import pairwise
 from math import isnan
 from pathlib import Path
+from pickle import UnpicklingError
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -27,7 +29,7 @@ from nnunetv2_semisup.benchmark.grid import Run
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.data.folders import labelled_identifiers, read_dataset_json
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import read_object
+from nnunetv2_semisup.files import read_object, whole_file
 
 BUSY = 75  # exit code when another process does this run (EX_TEMPFAIL)
 LOCK_SECONDS = 10  # a killed runner's process needs a moment to die
@@ -63,19 +65,20 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
     set_threads(device, threads)
     record = work.read(run)
     if record is None:
-        _remove(model / f"fold_{run.fold}")
+        begun = begin(run, work, plans, device, model / f"fold_{run.fold}")
         dataset_json = read_dataset_json(raw)
         record = {
             "format": records.FORMAT,
             "run": run.id,
             **{key: value for key, value in vars(run).items() if key != "inference"},
             "labeled": len(labelled_identifiers(raw, dataset_json)),
-            "started": now(),
+            "started": begun["started"],
+            "resumed": begun["resumed"],
             "device": device,
             "hardware": records.hardware(device),
-            "commit": records.commit(),
-            "versions": records.versions(),
-            **train(run, device),
+            "commit": "; ".join(filter(None, begun["commits"])),
+            "versions": begun["versions"],
+            **train(run, device, work.checkpoint(run)),
             "evaluations": {},
         }
         records.write(work.record(run), record)
@@ -83,34 +86,73 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
         raise InputError(
             f"{model} no longer holds the checkpoint of a trained run: remove {work.record(run)} to train it again"
         )
+    _remove(work.unfinished(run))
     for inference in work.missing(run):
         record["evaluations"][inference] = predict_and_evaluate(run, work, model, raw, inference, device)
         records.write(work.record(run), record)
     work.failure(run).unlink(missing_ok=True)
 
 
-def train(run: Run, device: str) -> dict:
-    """Train; returns what was measured. nnU-Net's validation afterwards is left out: no choice rests on it."""
+def begin(run: Run, work: WorkFolder, plans: dict, device: str, fold_folder: Path) -> dict:
+    """Note that a training begins, or goes on: with its checkpoint and the same plans, device and packages.
+
+    Returns:
+        ``started``, ``resumed`` (how many times), ``commits`` (of all attempts), ``versions``, ``plans``, ``device``.
+    """
+    checkpoint, note = work.checkpoint(run), work.unfinished(run) / "begun.json"
+    same = {"plans": plans, "device": device, "versions": records.versions()}
+    begun: dict[str, Any] = {"started": now(), "resumed": 0, "commits": [], **same}
+    if checkpoint.is_file():
+        before = read_object(note, f"remove {note.parent}, and the training starts again", *begun)
+        changed = [key for key in same if before[key] != same[key]]
+        if changed:
+            print(f"{', '.join(changed)} changed since the training began: it starts again", flush=True)
+        else:
+            begun = {**before, "resumed": before["resumed"] + 1}
+    if begun["resumed"]:
+        for left in fold_folder.glob(".*.tmp"):  # of a checkpoint that was being written
+            left.unlink()
+    else:
+        _remove(fold_folder)
+        checkpoint.unlink(missing_ok=True)
+    begun["commits"] = list(dict.fromkeys([*begun["commits"], records.commit()]))
+    records.write(note, begun)
+    return begun
+
+
+def train(run: Run, device: str, checkpoint: Path) -> dict:
+    """Train; returns what was measured. nnU-Net's validation afterwards is left out: no choice rests on it.
+
+    Args:
+        checkpoint: written at the end of every epoch but the last. Where there is one, the training goes on from it.
+    """
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
     from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
     seed_everything(run.seed)
     fold = run.fold if run.fold == "all" else int(run.fold)
+    resume = checkpoint.is_file()
     trainer = get_trainer_from_args(
-        run.dataset, run.configuration, fold, run.trainer_name, run.plans, device=torch.device(device)
+        run.dataset, run.configuration, fold, run.trainer_name, run.plans, resume, torch.device(device)
     )
+    if resume:
+        _load(trainer, checkpoint)
+        seed_everything(run.seed + 1000 * trainer.current_epoch)  # or it would draw the first epochs' patches again
+    earlier_steps = trainer.current_epoch * trainer.num_iterations_per_epoch
+    earlier_seconds = sum(_epoch_seconds(trainer))
     if device == "cuda":
         torch.backends.cudnn.deterministic = False  # as nnUNetv2_train
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats()
     ends = _note_ends_of_steps(trainer)
+    _save_every_epoch(trainer, checkpoint)
     start = perf_counter()
     trainer.run_training()
     measured = {
-        "steps": len(ends),
+        "steps": earlier_steps + len(ends),
         "seconds_per_step": _median_difference(ends),
-        "train_seconds": round(perf_counter() - start, 1),
+        "train_seconds": round(earlier_seconds + perf_counter() - start, 1),
         "peak_memory_mb": round(peak_memory_mb(device)),
         "threads": torch.get_num_threads(),
         "loader_processes": get_allowed_n_proc_DA(),
@@ -149,6 +191,45 @@ def _note_ends_of_steps(trainer) -> list[float]:
 
     trainer.train_step = timed_step
     return ends
+
+
+def _save_every_epoch(trainer, checkpoint: Path) -> None:
+    """Let ``trainer`` save at the end of every epoch but the last, and write every checkpoint whole or not at all.
+
+    Its own ``checkpoint_latest.pth`` does not serve: stock nnU-Net writes it every 50 epochs, ours within an epoch too,
+    and then the resumed run would have more steps than the others of the grid.
+    """
+    end_epoch, save = trainer.on_epoch_end, trainer.save_checkpoint
+
+    def save_whole(file):
+        with whole_file(Path(file), only_writer=True) as temporary:
+            save(str(temporary))
+
+    def end_and_save():
+        end_epoch()
+        if trainer.current_epoch < trainer.num_epochs:
+            trainer.current_epoch -= 1  # save_checkpoint writes current_epoch + 1
+            save_whole(checkpoint)
+            trainer.current_epoch += 1
+
+    trainer.on_epoch_end, trainer.save_checkpoint = end_and_save, save_whole
+
+
+def _load(trainer, checkpoint: Path) -> None:
+    try:
+        trainer.load_checkpoint(str(checkpoint))
+    except (RuntimeError, ValueError, LookupError, EOFError, OSError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{checkpoint} cannot be gone on from ({reason}): remove {checkpoint.parent}, and the training starts again"
+        ) from error
+    print(f"Going on from {checkpoint}: {trainer.current_epoch} of {trainer.num_epochs} epochs are done", flush=True)
+
+
+def _epoch_seconds(trainer) -> list[float]:
+    """Of the epochs that are done, from nnU-Net's own log."""
+    starts, ends = (trainer.logger.get_value(f"epoch_{kind}_timestamps", None) for kind in ("start", "end"))
+    return [end - start for start, end in zip(starts, ends, strict=True)]
 
 
 def predict_and_evaluate(run: Run, work: WorkFolder, model: Path, raw: Path, inference: str, device: str) -> dict:
@@ -230,5 +311,6 @@ def _median_difference(times: list[float]) -> float | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit's, of the time limit: Slurm sends it to every process
     end_with_parent()
     sys.exit(main(json.loads(sys.argv[1])))

@@ -263,10 +263,13 @@ def test_slurm_needs_submitit(work, monkeypatch):
         run.submit([make_run()], work, OPTIONS, {})
 
 
-def test_what_submitit_says_of_wrong_parameters(work):
+@pytest.mark.parametrize(
+    ("parameters", "words"), [({"no_such_parameter": 1}, "no_such_parameter"), ({"timeout_min": "1:30"}, "1:30")]
+)
+def test_what_submitit_says_of_wrong_parameters(work, parameters, words):
     pytest.importorskip("submitit")
-    with pytest.raises(InputError, match="--slurm: .*no_such_parameter"):
-        run.submit([make_run()], work, OPTIONS, {"no_such_parameter": 1}, cluster="local")
+    with pytest.raises(InputError, match=f"^--slurm: .*{words}"):
+        run.submit([make_run()], work, OPTIONS, parameters, cluster="local")
 
 
 def test_only_unfinished_runs_are_submitted(work, monkeypatch, capsys):
