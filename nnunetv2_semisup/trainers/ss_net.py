@@ -38,7 +38,7 @@ from nnunetv2_semisup.trainers.method import Group, SemiSupMethod, TaskInfo
 
 WIDTH = 32  # of the projected features and the heads; paper and code
 PROTOTYPES = 32  # per class; paper and code
-ROWS, ONE_IN = 8192, 16  # features per class, stream and step: as many, and at most one voxel in so many
+ROWS, ONE_IN = 8192, 32  # features per class, stream and step: as many, and at most one voxel in so many
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class SSNetSettings(SemiSupSettings):
     proto_include_background: bool = setting(False, "code; the paper does not exclude it. No effect with regions")
     cs_max_rows: int | None = setting(
         None,
-        "ours: features per class, stream and step; null: 8192, on small patches one in 16. Code: all",
+        "ours: features per class, stream and step; null: 8192, on small patches one in 32. Code: all",
         "voxels",
         within="[2, inf)",
     )
