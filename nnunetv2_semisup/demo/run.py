@@ -24,6 +24,8 @@ from nnunetv2_semisup.demo.task import Task, read_task, write_dataset
 from nnunetv2_semisup.errors import InputError
 
 ID = "990"
+DATASET = f"Dataset{ID}_Demo"
+PLANS = "demo"  # of the data that the demo makes
 BASELINE = "nnUNetTrainer"
 CASES = {"imagesTr": 6, "imagesUn": 18, "imagesTs": 8}
 PATCH = [16, 16, 24]  # z, y, x; a whole case is 24 x 32 x 32 with the preset, and a step takes thrice as long with that
@@ -61,14 +63,14 @@ def run(folder: Path, trainer: str, epochs: int | None, device: str | None, sour
     start = time()
     folder = folder.resolve()
     environment = _environment(folder)
-    raw = folder / "nnUNet_raw" / f"Dataset{ID}_Demo"
+    raw = folder / "nnUNet_raw" / DATASET
     workers = environment["nnUNet_def_n_proc"]  # commands start up to 8 otherwise, which takes longer than it saves
 
     def command(*arguments: str) -> None:
         _command(arguments, environment, folder / "log.txt")
 
     if task is None:
-        epochs, configuration, plans = epochs or MADE_EPOCHS, "3d_fullres", "demo"
+        epochs, configuration, plans = epochs or MADE_EPOCHS, "3d_fullres", PLANS
         _prepare_made(raw, folder, plans, command, workers)
     else:
         epochs, configuration, plans = epochs or REAL_EPOCHS, "2d", "small"
