@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import SimpleITK as sitk
 
@@ -33,7 +33,9 @@ from dataset_conversion import common
 from dataset_conversion.common import Case, Recipe
 from dataset_conversion.lists import choose_labelled, choose_test, is_number, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
-from nnunetv2_semisup.datasets.images import align_label, packed, read_image, read_label, walk
+from nnunetv2_semisup.datasets import decathlon
+from nnunetv2_semisup.datasets.decathlon import find_files, listed, named
+from nnunetv2_semisup.datasets.images import packed
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_json
 
@@ -66,17 +68,6 @@ def find_form(source: Path) -> str:
     raise InputError(f"--source {source} has neither imagesTr nor images{hint}")
 
 
-def find_files(folder: Path) -> dict[str, Path]:
-    """Case -> NIfTI file; none if there is no such folder."""
-    found: dict[str, Path] = {}
-    for path in walk(folder) if folder.is_dir() else ():
-        if match := re.fullmatch(r"(.+)\.nii(\.gz)?", path.name):
-            if match[1] in found:
-                raise InputError(f"{path}: there is another {found[match[1]]}; give one copy of the data")
-            found[match[1]] = path
-    return found
-
-
 def read_task(source: Path) -> tuple[str, dict]:
     """Name of the task, without its number, and content of its dataset.json."""
     name = re.sub(r"^Task\d+_", "", source.name)
@@ -91,62 +82,12 @@ def read_task(source: Path) -> tuple[str, dict]:
     return name, content
 
 
-def named(content: dict, key: str, file: Path) -> list[str]:
-    """The names that ``{"0": NAME, "1": NAME, ...}`` gives, in order."""
-    names = content.get(key)
-    numbers = [str(number) for number in range(len(names))] if isinstance(names, dict) else []
-    if not numbers or set(names) != set(numbers) or len({str(name) for name in names.values()}) < len(names):
-        raise InputError(
-            f'{file}: "{key}" must look like {{"0": NAME, "1": NAME}}, with a different name for each; '
-            f"copy or download it again"
-        )
-    return [str(names[number]) for number in numbers]
-
-
-def listed(content: dict, file: Path) -> list[str]:
-    """The training cases that dataset.json lists; empty if it lists none."""
-    try:
-        return [PurePosixPath(entry["image"]).name.split(".nii")[0] for entry in content.get("training", [])]
-    except (TypeError, KeyError):
-        text = f'{file}: "training" must look like [{{"image": FILE, "label": FILE}}]; copy or download it again'
-        raise InputError(text) from None
-
-
 def read_case(
     case: Case, channels: int, values: Sequence[int]
 ) -> tuple[tuple[sitk.Image, ...], sitk.Image | None, str]:
-    """Read a case; see ``common.Recipe``.
-
-    Args:
-        case: its image has three axes, or four with the channels last.
-        channels: number of channels that it must have.
-        values: that its label may have.
-    """
-    images = split_channels(read_image(case.files[0]), channels, case.files[0])
-    if case.label_file is None:
-        return images, None, ""
-    label = read_label(case.label_file, values)
-    label, same_place = align_label(label, images[0], case.label_file, case.files[0])
+    """Read a case; see ``common.Recipe`` and, for the other arguments, ``decathlon.read_case``."""
+    images, label, same_place = decathlon.read_case(case.files[0], case.label_file, channels, values)
     return images, label, "" if same_place else "the label's header keeps no place, look at the previews"
-
-
-def split_channels(image: sitk.Image, channels: int, path: Path) -> tuple[sitk.Image, ...]:
-    """The 3D channels of an image with axes (x, y, z) or (x, y, z, channel)."""
-    axes = image.GetDimension()
-    found = image.GetSize()[3] if axes == 4 else 1
-    if axes not in (3, 4) or image.GetNumberOfComponentsPerPixel() > 1 or found != channels:
-        raise InputError(
-            f"{path}: the image has shape {image.GetSize()}, expected a volume with {channels} channels as "
-            f"dataset.json names them; copy or download it again"
-        )
-    if axes == 3:
-        return (image,)
-    split = tuple(image[:, :, :, channel] for channel in range(channels))
-    for key in ("qform_code", "sform_code"):  # say whether the header knows where the axes point
-        if image.HasMetaDataKey(key):
-            for channel in split:
-                channel.SetMetaData(key, image.GetMetaData(key))
-    return split
 
 
 # --- converting -----------------------------------------------------------------------------------------------------

@@ -47,16 +47,8 @@ from dataset_conversion.common import Case, Recipe
 from dataset_conversion.h5 import array_to_image, read_h5_arrays, require_h5py
 from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_present
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, check_image, check_label
-from nnunetv2_semisup.datasets.images import (
-    align_label,
-    dicom_tag,
-    find_series,
-    packed,
-    read_image,
-    read_label,
-    read_series,
-    walk,
-)
+from nnunetv2_semisup.datasets.dicom import dicom_tag, find_series, read_series
+from nnunetv2_semisup.datasets.images import align_label, packed, read_image, read_label, walk
 from nnunetv2_semisup.errors import InputError
 
 NAME = "PancreasCT"

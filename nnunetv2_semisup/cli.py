@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,20 +44,24 @@ def trainers(arguments: list[str] | None = None) -> None:
     mode.add_argument("--folder", action="store_true", help="the folder that nnU-Net has to know")
     mode.add_argument("--check", action="store_true", help="resolve every trainer through nnU-Net's own finder")
     parser.add_argument("-d", metavar="ID", help="with --settings: show what the plans of this data set say, too")
-    parser.add_argument("-p", default="nnUNetPlans", metavar="PLANS", help="plans of -d (default: %(default)s)")
+    parser.add_argument("-p", metavar="PLANS", help="plans of -d (default: nnUNetPlans)")
     args = parser.parse_args(arguments)
+    if (args.d or args.p) and not (args.d and args.settings):
+        raise InputError("-d ID and -p PLANS belong to --settings TRAINER, and -p needs -d")
     from nnunetv2_semisup import discovery
 
+    width = min(shutil.get_terminal_size().columns, 120)
     if args.folder:
         print(discovery.ext_trainers_folder())
     elif args.check:
         for name, file in discovery.check().items():
             print(f"{name}  {file}")
     elif args.list:
-        print(discovery.overview())
+        print(discovery.overview(width))
     elif args.settings:
-        plans_file = None if args.d is None else _preprocessed_folder(args.d) / f"{args.p.removesuffix('.json')}.json"
-        print(discovery.settings_overview(args.settings, plans_file))
+        plans_name = (args.p or "nnUNetPlans").removesuffix(".json")
+        plans_file = None if args.d is None else files.find_preprocessed(args.d) / f"{plans_name}.json"
+        print(discovery.settings_overview(args.settings, plans_file, width))
     else:
         parser.print_help()
 
@@ -94,21 +99,25 @@ def plans(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     from nnunetv2_semisup import plans as plans_module
 
-    folder = _preprocessed_folder(args.d)
+    folder = files.find_preprocessed(args.d)
     batch_size = None if args.batch_size is None else {2: args.batch_size, 3: args.batch_size}
     size = plans_module.Size(args.features, batch_size, args.patch_size, args.coarsen)
     before = plans_module.settings_in(folder, args.p, args.o)
     file = plans_module.derive(folder, args.p, args.o, args.preset, args.set, size, args.unset)
     changes = plans_module.changed_settings(before, plans_module.settings_in(folder, args.p, args.o))
+    number = files.dataset_id(folder.name)
     print("\n".join([f"Wrote {file}", *(f"  {change}" for change in changes)]))
     _write_missing_splits(folder)
-    name, base = args.o.removesuffix(".json"), args.p.removesuffix(".json")
+    new = files.read_object(file, "derive the plans again", "configurations")
+    first, *others = sorted(new["configurations"], key="3d_fullres".__ne__)  # stable: that one first, if it is there
+    train = f"nnUNetv2_train {number} {first} FOLD -p {new['plans_name']} -tr TRAINER"
     if (size.with_preset(args.preset).coarsen or 1) > 1:
-        print(f"Next: nnUNetv2_preprocess -d {args.d} -plans_name {name} -c 3d_fullres (or 2d)")
+        if warning := plans_module.small_images(new):
+            print(warning)
+        choice = f" (or {', '.join(others)})" if others else ""
+        print(f"Next: nnUNetv2_preprocess -d {number} -plans_name {new['plans_name']} -c {first}{choice}, then {train}")
     else:
-        print(
-            f"Next: nnUNetv2_train {args.d} 3d_fullres FOLD -p {name} (with the data that is preprocessed for {base})"
-        )
+        print(f"Next: {train} (with the data that is preprocessed for {args.p.removesuffix('.json')})")
 
 
 @command
@@ -125,7 +134,7 @@ def preprocess(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.np is not None and args.np < 1:
         raise InputError(f"-np {args.np}: at least one process is needed")
-    folder = _preprocessed_folder(args.d)
+    folder = files.find_preprocessed(args.d)
     from nnunetv2.configuration import default_num_processes
 
     from nnunetv2_semisup.data import preprocess as preprocess_module
@@ -305,19 +314,29 @@ def evaluate(arguments: list[str] | None = None) -> None:
 def demo(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_demo",
-        description="The whole way on data it makes itself: plan, preprocess, train stock nnU-Net and one of our "
-        "trainers, predict, compare. About 10 minutes on 2 CPU cores; uses a GPU when there is one.",
+        description="The whole way: plan, preprocess, train stock nnU-Net and one of our trainers, predict, compare. "
+        "On data it makes itself, about 10 minutes on 2 CPU cores, or on a task of the Medical Segmentation Decathlon. "
+        "Uses a GPU when there is one.",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="a task as it is downloaded, e.g. Task04_Hippocampus: 4 cases keep their labels, a quarter, 60 at most, "
+        "are for testing, the rest is unlabelled (default: data that the demo makes)",
     )
     parser.add_argument("-o", default="nnunetv2_semisup_demo", metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("-tr", default="nnUNetTrainerPasteMatch", metavar="TRAINER", help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=None, metavar="N", help="length of both trainings")
+    parser.add_argument(
+        "--epochs", type=int, default=None, metavar="N", help="length of both trainings (default: 5; 20 with --data)"
+    )
     parser.add_argument("-device", choices=["cuda", "cpu", "mps"], default=None, help="default: a GPU if there is one")
     args = parser.parse_args(arguments)
     if args.epochs is not None and args.epochs < 1:
         raise InputError(f"--epochs {args.epochs}: at least one epoch is needed")
     from nnunetv2_semisup.demo import run as demo_module
 
-    demo_module.run(Path(args.o), args.tr, args.epochs, args.device)
+    demo_module.run(Path(args.o), args.tr, args.epochs, args.device, args.data)
 
 
 @command
@@ -374,7 +393,3 @@ def _write_missing_splits(folder: Path) -> None:
         written = splits.ensure_splits(folder, folders.labelled_identifiers(raw, dataset_json))
         if written:
             print(f"Fewer than 5 labelled cases: wrote leave-one-out folds to {written}")
-
-
-def _preprocessed_folder(dataset: str) -> Path:
-    return files.find_dataset(dataset, files.PREPROCESSED, "run nnUNetv2_plan_and_preprocess -d first")

@@ -45,6 +45,25 @@ def nearest(name: str) -> str | None:
     return names.nearest(name, trainers())
 
 
+def refuse_near_miss(name: str) -> None:
+    """Tell which trainer of ours ``name``, which nnU-Net searches in vain, was meant to be, if one is near.
+
+    Raises:
+        InputError: with that line, if ours is the last folder that nnU-Net would look in; else the line is printed.
+    """
+    import sys
+
+    from nnunetv2_semisup.errors import InputError
+
+    if (near := nearest(name)) is None:
+        return
+    line = f"nnunetv2_semisup has no trainer {name!r}. Did you mean {near}?"
+    folders = [f for f in os.environ.get(VARIABLE, "").split(os.pathsep) if f]
+    if folders[-1:] == [ext_trainers_folder()]:
+        raise InputError(f"{line} A trainer of your own needs its folder in {VARIABLE}")
+    print(line, file=sys.stderr)
+
+
 def settings_class(trainer_name: str) -> type[SemiSupSettings]:
     """The settings dataclass of a trainer named without epoch suffix.
 
@@ -92,44 +111,53 @@ def check() -> dict[str, str]:
     return found
 
 
-def overview() -> str:
-    """Every trainer with what it is, what a step costs and holds, and when to use it, for people."""
+def overview(width: int) -> str:
+    """Every trainer with what it is, what a step costs and holds, and when to use it, in lines of ``width`` columns."""
     import sys
 
-    rows = []
+    head = "Cost of a step and live tensors: counted with 128 x 128 x 128 voxels, batch 2, fp16 (stock: 1.0, 4.6 GiB)."
+    lines = _wrapped(head, width, "")
     for name, trainer in sorted(trainers().items()):
-        what = (sys.modules[trainer.__module__].__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        what = (sys.modules[trainer.__module__].__doc__ or "").split("\n\n")[0]
         method = trainer.method_class
         cost = f"{method.cost:.1f} stock steps, {method.memory_gib:.1f} GiB"
-        rows.append(f"{name}\n    {what}\n    {cost}; {method.use}")
-    head = (
-        "Cost of a step and live tensors: counted with 128 x 128 x 128 voxels, batch 2, fp16 (stock: 1.0 and 4.6 GiB)."
-    )
-    return "\n".join([head, *rows, "Each also as NAME_1epoch and NAME_<N>epochs. Settings: --settings NAME."])
+        lines += [name, *_wrapped(what, width), *_wrapped(f"{cost}; {method.use}", width)]
+    lines += _wrapped("Each also as NAME_1epoch and NAME_<N>epochs. Settings: --settings NAME.", width, "")
+    return "\n".join(lines)
 
 
-def settings_overview(trainer_name: str, plans_file: Path | None) -> str:
-    """All settings of a trainer, for people.
+def settings_overview(trainer_name: str, plans_file: Path | None, width: int) -> str:
+    """All settings of a trainer, in lines of ``width`` columns.
 
     Args:
         trainer_name: without epoch suffix; a near miss is an error that says what was meant.
-        plans_file: whose values are shown beside the defaults; None: none.
+        plans_file: whose values are shown beside the defaults where it has any, by name or by a preset; None: none.
+        width: of the terminal.
     """
     from nnunetv2_semisup import settings
-    from nnunetv2_semisup.files import read_object
+    from nnunetv2_semisup.files import listed, plans_in, read_object
 
     current = None
     settings_of = settings_class(trainer_name)
     if plans_file is not None:
-        plans = read_object(plans_file, "name existing plans with -p")
-        current = settings.as_json(settings.of_trainer(plans, trainer_name, settings_of, trainers()))
-        named = plans.get("semisup", {}).get(trainer_name, {})
-        current = {key: current[key] for key in named}
+        there = listed(plans_in(plans_file.parent)) or "none"
+        plans = read_object(plans_file, f"name plans that are there with -p: {there}")
+        resolved = settings.as_json(settings.of_trainer(plans, trainer_name, settings_of, trainers()))
+        named, defaults = plans.get("semisup", {}).get(trainer_name, {}), settings.as_json(settings_of())
+        current = {key: value for key, value in resolved.items() if key in named or value != defaults[key]}
     lines = []
     for row in settings.describe(settings_of, current):
         values = [f"{row['name']} = {row['default']}"]
         values += [f"published: {row['published']}"] if row["published"] else []
         values += [f"{plans_file.stem if plans_file else ''}: {row['plans']}"] if row.get("plans") else []
         unit = f" {row['unit']}" if row["unit"] else ""
-        lines.append(f"{'; '.join(values)}\n    {row['range']}{unit}. {row['source']}")
+        lines += _wrapped("; ".join(values), width, "")
+        lines += _wrapped(f"{row['range']}{unit}. {row['source']}", width)
     return "\n".join(lines)
+
+
+def _wrapped(text: str, width: int, indent: str = "    ") -> list[str]:
+    import textwrap
+
+    wrapper = textwrap.TextWrapper(width, indent, indent or "    ", break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(" ".join(text.split()))

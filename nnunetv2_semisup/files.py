@@ -145,7 +145,50 @@ def find_dataset(dataset: str, variable: str, remedy: str) -> Path:
         found = [f for f in sorted(root.glob(f"Dataset{int(dataset):03d}_*")) if f.is_dir()]
     else:
         found = [root / dataset] if Path(dataset).name == dataset and (root / dataset).is_dir() else []
-    if len(found) != 1:
-        what = "no dataset" if not found else f"{len(found)} datasets ({listed([f.name for f in found])})"
-        raise InputError(f"-d {dataset}: {what} in {root}: {remedy if not found else 'give the full name'}")
+    if not found:
+        there = listed([f.name for f in sorted(root.glob("Dataset[0-9]*_*")) if f.is_dir()]) or "none"
+        raise InputError(f"-d {dataset}: no dataset of that id or name in {root}, there is {there}: {remedy}")
+    if len(found) > 1:
+        raise InputError(
+            f"-d {dataset}: {len(found)} datasets ({listed([f.name for f in found])}) in {root}: give the full name"
+        )
     return found[0]
+
+
+def find_preprocessed(dataset: str) -> Path:
+    """The data set's folder in ``nnUNet_preprocessed``, as :func:`find_dataset` finds it."""
+    remedy = f"correct it, or run nnUNetv2_plan_and_preprocess -d {dataset_id(dataset)}"
+    return find_dataset(dataset, PREPROCESSED, remedy)
+
+
+def dataset_id(dataset: str) -> str:
+    """``508`` of ``Dataset508_Name``, which is all that nnU-Net's planning and preprocessing take; else as it is."""
+    number = dataset.removeprefix("Dataset")[:3]
+    return str(int(number)) if dataset.startswith("Dataset") and number.isdecimal() else dataset
+
+
+def plans_in(folder: Path) -> list[str]:
+    """Names of the plans files in a data set's preprocessed folder."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and isinstance(content.get("configurations"), dict):
+                found.append(file.stem)
+    return found
+
+
+def require_preprocessed(dataset_folder: Path, identifier: str, plans: str, configuration: str) -> None:
+    """Raise an InputError that names nnU-Net's command unless labelled cases are preprocessed.
+
+    Args:
+        dataset_folder: the data set's folder in nnUNet_preprocessed.
+        identifier: the configuration's ``data_identifier``, the folder of its cases.
+        plans: name of the plans.
+        configuration: e.g. ``3d_fullres``.
+    """
+    if not any((dataset_folder / identifier).glob("*.pkl")):
+        raise InputError(
+            f"{dataset_folder / identifier} holds no preprocessed cases: run nnUNetv2_preprocess "
+            f"-d {dataset_id(dataset_folder.name)} -plans_name {plans} -c {configuration}"
+        )

@@ -35,6 +35,6 @@ def require_known(name: str, known: Collection[str]) -> None:
     """Raise an InputError that suggests the nearest name unless ``name``, without epoch suffix, is in ``known``."""
     if name in known:
         return
-    near = nearest(name, known)
+    near = nearest(split_epochs(name)[0], known)
     hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known))}"
     raise InputError(f"unknown trainer {name!r} (to be named without _<N>epochs): {hint}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nnunetv2_semisup import settings
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import listed, write_json
+from nnunetv2_semisup.files import dataset_id, listed, plans_in, write_json
 
 DERIVED_FROM = "semisup_derived_from"  # key that marks a plans file as ours; its value is the base's name
 PRESET = "semisup_preset"  # key that holds the preset, null without one
@@ -27,6 +27,7 @@ CPU_VOXELS = {2: 128 * 128, 3: 64 * 48 * 32}  # per patch; 3D: what a whole LA c
 MIN_EDGE = 4  # voxels, shortest edge of the bottleneck; nnU-Net's value
 MAX_POOLINGS = 999999  # nnU-Net's value for "no limit"
 LARGEST_PATCH = {2: 2048**2, 3: 256**3}  # voxels; nnU-Net's first guess, then clipped to the image
+MIN_EDGE_OF_IMAGE = 32  # voxels; below, nnU-Net halves an axis less than three times, and small structures are gone
 SAME_RESOLUTION = 2  # spacings within this factor count as equal, as in nnU-Net's topology function
 
 _NOT_PLANS = {"dataset", "dataset_fingerprint", "splits_final"}  # other JSON files that nnU-Net keeps in that folder
@@ -263,7 +264,7 @@ def resized_configuration(configuration: dict, size: Size, name: str, configurat
         median = [max(1, round(n * a / b)) for n, a, b in zip(median, old, spacing, strict=True)]
         new |= {"data_identifier": identifier, "spacing": spacing, "median_image_size_in_voxels": median}
     strides, kernels = kwargs["strides"], kwargs["kernel_sizes"]
-    too_small = f"{where}: images of {median} voxels are too small to pool: train with the base plans"
+    too_small = f"{where}: images of {_times(median)} voxels are too small to pool: {_KEEP_SPACING}"
     if size.patch_size and len(size.patch_size) == dim:
         patch, strides, kernels = topology(spacing, size.patch_size)
         if patch != list(size.patch_size):
@@ -283,6 +284,29 @@ def resized_configuration(configuration: dict, size: Size, name: str, configurat
         if isinstance(kwargs.get(key), (list, tuple)):  # a single number holds for all stages
             kwargs[key] = _fit(kwargs[key], length)
     return new
+
+
+def small_images(plans: dict) -> str:
+    """A warning if the median image of a configuration is too small to be of use, else "".
+
+    That is so where its second longest axis has fewer than ``MIN_EDGE_OF_IMAGE`` voxels; the longest alone makes no
+    plane, and slices may be few.
+    """
+    for name, configuration in plans["configurations"].items():
+        median = configuration.get("median_image_size_in_voxels", [])
+        if len(median) > 1 and sorted(median)[-2] < MIN_EDGE_OF_IMAGE:
+            return (
+                f"WARNING: the median image of {name} has {_times(median)} voxels at this spacing, too few to learn "
+                f"small structures (second longest axis below {MIN_EDGE_OF_IMAGE}): {_KEEP_SPACING}"
+            )
+    return ""
+
+
+_KEEP_SPACING = "use --preset small, which keeps the spacing"
+
+
+def _times(sizes: Sequence[float]) -> str:
+    return " x ".join(f"{size:g}" for size in sizes)
 
 
 def coarser(spacing: list[float], factor: float) -> list[float]:
@@ -341,8 +365,8 @@ def _check_name(name: str) -> None:
 def _read_base(folder: Path, base: str) -> dict:
     file = folder / f"{base}.json"
     if not file.is_file():
-        there = ", ".join(f.stem for f in sorted(folder.glob("*.json")) if _is_plans(_read_or_none(f)))
-        remedy = f"there are {there}" if there else "run nnUNetv2_plan_and_preprocess first"
+        there = ", ".join(plans_in(folder))
+        remedy = f"there are {there}" if there else f"run nnUNetv2_plan_and_preprocess -d {dataset_id(folder.name)}"
         raise InputError(f"no plans {base} in {folder}: {remedy}")
     try:
         plans = json.loads(file.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_semisup import cli, discovery, files
+from nnunetv2_semisup import cli, discovery
 from nnunetv2_semisup.benchmark import records
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -45,15 +45,16 @@ def test_folder_is_quick():
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
 
 
-def test_list_tells_cost_and_use_of_every_trainer(capsys):
+@pytest.mark.parametrize("columns", [60, 100])
+def test_list_tells_cost_and_use_of_every_trainer_within_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert cli.trainers(["--list"]) == 0
     out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
     for name, trainer in discovery.trainers().items():
         method = trainer.method_class
-        assert (
-            f"{name}\n    " in out
-            and f"{method.cost:.1f} stock steps, {method.memory_gib:.1f} GiB; {method.use}" in out
-        )
+        assert f"\n{name}\n    " in out
+        assert f"{method.cost:.1f} stock steps, {method.memory_gib:.1f} GiB; {method.use}" in " ".join(out.split())
 
 
 def test_listed_costs_are_the_counted_ones():
@@ -66,18 +67,25 @@ def test_listed_costs_are_the_counted_ones():
         assert trainer.method_class.memory_gib == pytest.approx(float(rows[name]["gib"]), abs=0.051), name
 
 
-def test_settings_of_a_trainer(tiny, capsys):
-    plans = tiny.plans
-    plans["semisup"] = {"nnUNetTrainerCrossMatch": {"conf_tau": 0.9}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "read_object", lambda file, remedy, *keys: plans)
-        assert cli.trainers(["--settings", "nnUNetTrainerCrossMatch", "-d", "901"]) == 0
+def test_settings_of_a_trainer(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    trainer = "nnUNetTrainerCrossMatch"
+    (tmp_path / tiny.name).mkdir()
+    for name, values in {"nnUNetPlans": {"conf_tau": 0.9}, "old": {"preset": "published"}}.items():
+        plans = {**tiny.plans, "plans_name": name, "semisup": {trainer: values}}
+        (tmp_path / tiny.name / f"{name}.json").write_text(json.dumps(plans))
+    assert cli.trainers(["--settings", trainer, "-d", "901"]) == 0
     out = capsys.readouterr().out
-    assert "conf_tau = 0.85; " in out and "nnUNetPlans: 0.9" in out
-    for field in dataclasses.fields(discovery.settings_class("nnUNetTrainerCrossMatch")):
-        assert f"\n{field.name} = " in f"\n{out}" and field.metadata["source"] in out
-    assert cli.trainers(["--settings", "CrossMatch"]) == 2
-    one_error_line(capsys, "did you mean nnUNetTrainerCrossMatch?")
+    assert "\nconf_tau = 0.85; nnUNetPlans: 0.9\n" in out
+    assert max(map(len, out.splitlines())) <= 70
+    for field in dataclasses.fields(discovery.settings_class(trainer)):
+        assert f"\n{field.name} = " in f"\n{out}" and field.metadata["source"] in " ".join(out.split())
+    assert cli.trainers(["--settings", trainer, "-d", "901", "-p", "old"]) == 0
+    out = capsys.readouterr().out
+    assert "start_dice = 0.5; published: 0.0; old: 0.0\n" in out, "what the preset changes counts too"
+    assert 'preset = "default"; old: "published"\n' in out and "conf_tau = 0.85\n" in out
+    assert cli.trainers(["--settings", trainer]) == 0 and "old:" not in capsys.readouterr().out
 
 
 def test_plans_keep_what_they_had_and_say_what_changes(tiny, tmp_path, monkeypatch, capsys):
@@ -97,6 +105,38 @@ def test_plans_keep_what_they_had_and_say_what_changes(tiny, tmp_path, monkeypat
     assert kept == {"nnUNetTrainerMeanTeacher": {"num_epochs": 7}}
     assert cli.plans([*arguments, "--unset", "nnUNetTrainerCrossMatch.conf_tau"]) == 2
     one_error_line(capsys, "mine.json has no such setting; it has nnUNetTrainerMeanTeacher.num_epochs")
+
+
+def test_plans_warn_of_small_images_and_name_a_configuration_that_is_there(tiny, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / tiny.name
+    shutil.copytree(tiny.preprocessed, folder)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    plans = tiny.plans
+    plans["configurations"] = {"2d": plans["configurations"]["2d"]}
+    (folder / "flat.json").write_text(json.dumps({**plans, "plans_name": "flat"}))
+    new = ["-d", "901", "-o", "new"]
+    expected = {
+        (
+            "-p",
+            "flat",
+        ): "Next: nnUNetv2_train 901 2d FOLD -p new -tr TRAINER (with the data that is preprocessed for flat)",
+        (
+            "-p",
+            "flat",
+            "--coarsen",
+            "1.2",
+        ): "Next: nnUNetv2_preprocess -d 901 -plans_name new -c 2d, then nnUNetv2_train 901 2d FOLD -p new -tr TRAINER",
+        (): "Next: nnUNetv2_train 901 3d_fullres FOLD -p new -tr TRAINER (with the data that is preprocessed for "
+        "nnUNetPlans)",
+        ("--coarsen", "1.2"): "Next: nnUNetv2_preprocess -d 901 -plans_name new -c 3d_fullres (or 2d), then "
+        "nnUNetv2_train 901 3d_fullres FOLD -p new -tr TRAINER",
+    }
+    for options, last in expected.items():
+        (folder / "new.json").unlink(missing_ok=True)
+        assert cli.plans([*new, *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == last
+        assert sum("--preset small" in line for line in lines) == ("--coarsen" in options)
 
 
 def one_error_line(capsys, *words) -> None:
@@ -133,7 +173,13 @@ def one_error_line(capsys, *words) -> None:
         (cli.benchmark, ["-d", "901", "--threads", "0"], ("--threads 0",)),
         (cli.benchmark, ["--speed"], ("-d ID",)),
         (cli.demo, ["--epochs", "0"], ("--epochs 0",)),
-        (cli.demo, ["--epochs", "3"], ("--epochs 3",)),
+        (cli.demo, ["--data", "nowhere"], ("--data nowhere", "no folder", "Task04_Hippocampus")),
+        (cli.trainers, ["--settings", "nnUNetTrainerUAMT", "-p", "mine"], ("-p needs -d",)),
+        (cli.trainers, ["-d", "901"], ("--settings TRAINER",)),
+        (cli.trainers, ["--settings", "CrossMatch_5epochs"], ("did you mean nnUNetTrainerCrossMatch?",)),
+        (cli.trainers, ["--settings", "nnUNetTrainerUAMT", "-d", "901", "-p", "x"], ("x.json", "-p: nnUNetPlans")),
+        (cli.preprocess, ["-d", "901", "-p", "nothing"], ("with -p: nnUNetPlans",)),
+        (cli.plans, ["-d", "77", "-o", "new"], ("-d 77", "there is Dataset901_Tiny", "preprocess -d 77")),
         (cli.demo, ["-tr", "nnUNetTrainerMeanTeachr"], ("did you mean nnUNetTrainerMeanTeacher",)),
     ],
 )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 import nnunetv2_semisup
 from nnunetv2_semisup import discovery, trainers
@@ -41,6 +42,27 @@ def test_register_appends_once_and_keeps_what_is_there(monkeypatch):
 )
 def test_nearest(typo, meant):
     assert discovery.nearest(typo) == meant
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize("name", ["CrossMatch", "nnUNetTrainerCrosMatch_5epochs"])
+def test_a_near_miss_ends_nnunets_search_with_one_line(monkeypatch, capsys, name):
+    """Input: -tr CrossMatch, or a typo. Answer: the name that was meant; nothing of nnU-Net's traceback."""
+    monkeypatch.setenv("nnUNet_extTrainer", discovery.ext_trainers_folder())
+    with pytest.raises(InputError, match="Did you mean nnUNetTrainerCrossMatch(_5epochs)?[?]"):
+        recursive_find_trainer_class_by_name(name)
+    with pytest.raises(RuntimeError, match="Could not find requested nnunet trainer nnUNetTrainerQQQQ"):
+        recursive_find_trainer_class_by_name("nnUNetTrainerQQQQ")
+
+
+def test_a_trainer_of_another_folder_may_be_named_like_ours(monkeypatch, tmp_path, capsys):
+    (tmp_path / "other.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "class nnUNetTrainerMeanTeachers(nnUNetTrainer):\n    pass\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([discovery.ext_trainers_folder(), str(tmp_path)]))
+    found = recursive_find_trainer_class_by_name("nnUNetTrainerMeanTeachers")
+    assert found.__module__ == "other" and "Did you mean nnUNetTrainerMeanTeacher?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

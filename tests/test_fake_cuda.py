@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from nnunetv2_semisup import discovery, trainers
 from nnunetv2_semisup.trainers import action_plus_plus
+from nnunetv2_semisup.training import ready
 
 NAMES = sorted(discovery.trainers())
 CASES = [("2d", "4 classes"), ("3d_fullres", "regions")]
@@ -90,6 +91,7 @@ def fake(monkeypatch):
             torch.empty(1, device="cuda")
     except (RuntimeError, AssertionError) as error:
         pytest.skip(f"this torch has no fake CUDA tensors: {error}")
+    monkeypatch.setattr(ready, "require_device", lambda device: None)
     monkeypatch.setenv("nnUNet_compile", "f")
     monkeypatch.setattr(nn.Module, "_apply", move)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
@@ -142,6 +144,7 @@ def test_a_step_waits_once(name, configuration, kind, datasets, use, fake, monke
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("configuration", "kind"), CASES)
 def test_a_step_on_a_gpu_waits_once(name, configuration, kind, datasets, use, monkeypatch):
+    monkeypatch.setattr(ready, "require_device", lambda device: None)
     monkeypatch.setenv("nnUNet_compile", "f")
     trainer = build(use(datasets(kind)), name, configuration, "cuda")
     batch = tree_map_only(torch.Tensor, torch.Tensor.pin_memory, make_batch(trainer))

@@ -580,7 +580,7 @@ def fails(message: str, *arguments) -> None:
 
 def test_missing_base(folder, tmp_path):
     fails("there are nnUNetPlans, nnUNetResEncUNetMPlans", folder, "nnUNetPlan", "ours", None, [])
-    fails("run nnUNetv2_plan_and_preprocess first", tmp_path / "nowhere", "nnUNetPlans", "ours", None, [])
+    fails("run nnUNetv2_plan_and_preprocess -d", tmp_path / "nowhere", "nnUNetPlans", "ours", None, [])
 
 
 @pytest.mark.parametrize(
@@ -647,7 +647,7 @@ def test_preset_that_cannot_be(folder, planned):
     foreign["architecture"]["arch_kwargs"] = {"embed_dim": 864}
     for message, configurations in {
         "needs a configuration 2d or 3d_fullres": {"3d_lowres": small},
-        "3d_fullres: images of [7, 8, 7] voxels are too small to pool": {"3d_fullres": small},
+        "3d_fullres: images of 7 x 8 x 7 voxels are too small to pool": {"3d_fullres": small},
         "2d is not a U-Net planned by nnU-Net": {"2d": foreign},
     }.items():
         content = read(planned / "nnUNetPlans.json") | {"configurations": configurations}
@@ -662,3 +662,21 @@ def test_without_preset_and_settings_torch_is_not_imported(folder):
         f"plans.derive({str(folder)!r}, 'nnUNetPlans', 'ours', None, []); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("median", "warned"),
+    [
+        ((12, 17, 12), True),  # Hippocampus with the preset cpu
+        ((24, 32, 32), False),
+        ((3, 72, 85), False),  # few slices are no fault
+        ((3, 20, 85), True),
+        ((17, 12), True),
+        ((32, 33), False),
+    ],
+)
+def test_small_images_are_warned_of_with_a_remedy(median, warned):
+    warning = plans.small_images({"configurations": {"x": {"median_image_size_in_voxels": list(median)}}})
+    assert bool(warning) == warned
+    if warned:
+        assert "\n" not in warning and "--preset small" in warning and " x ".join(map(str, median)) in warning

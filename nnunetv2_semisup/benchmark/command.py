@@ -9,8 +9,9 @@ from pathlib import Path
 from nnunetv2_semisup.benchmark import counted, grid, records, report, speed, worker
 from nnunetv2_semisup.benchmark import run as runner
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import PREPROCESSED, RESULTS, find_dataset
+from nnunetv2_semisup.files import RESULTS, find_preprocessed
 from nnunetv2_semisup.settings import parse_value
+from nnunetv2_semisup.training.ready import require_device
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         blocks, where = [{key: value for key, value in given.items() if value is not None}], "arguments"
     runs = grid.expand(blocks, lambda dataset: _dataset_folder(dataset).name, where)
     runner.check(runs)
+    if args.slurm is None:
+        require_device(args.device)
     if args.dry_run:
         runner.dry_run(runs, work, options)
         return 0
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _speed(args: argparse.Namespace, results: Path) -> int:
     if not args.d:
         raise InputError("--speed needs a preprocessed data set: -d ID, with -c and -p")
+    require_device(args.device)
     worker.set_threads(args.device, args.threads)
     for dataset in args.d:
         for plans_name in args.p:
@@ -91,4 +95,4 @@ def _work_folder() -> Path:
 
 
 def _dataset_folder(dataset: str) -> Path:
-    return find_dataset(dataset, PREPROCESSED, "run nnUNetv2_plan_and_preprocess -d first")
+    return find_preprocessed(dataset)

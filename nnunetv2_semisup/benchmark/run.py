@@ -21,7 +21,7 @@ from nnunetv2_semisup.benchmark.grid import BASELINE, Run, family
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.data.folders import read_dataset_json
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import read_object
+from nnunetv2_semisup.files import read_object, require_preprocessed
 from nnunetv2_semisup.settings import SemiSupSettings
 
 WORKER = (sys.executable, "-u", "-m", "nnunetv2_semisup.benchmark.worker")
@@ -189,8 +189,20 @@ def check(runs: list[Run]) -> None:
         raise InputError(f"{flat[0]}: the literature has no sliding window in 2D: leave out inference literature")
     for name in dict.fromkeys(run.trainer_name for run in runs):
         _check_trainer(name)
-    for warning in unequal_steps(runs):
-        print(f"WARNING: {warning}", flush=True)
+    for line in (*lengths(runs), *(f"WARNING: {warning}" for warning in unequal_steps(runs))):
+        print(line, flush=True)
+
+
+def lengths(runs: list[Run]) -> list[str]:
+    """A line per data set, configuration, plans and fold: epochs and optimiser steps of every trainer, stock first."""
+    of_setting: dict[tuple, list[str]] = {}
+    for run in sorted(runs, key=lambda run: run.trainer != BASELINE):
+        steps = _steps_per_epoch(run)
+        text = f"{run.trainer} {run.epochs} x {steps} = {run.epochs * steps:,} steps"
+        texts = of_setting.setdefault((run.dataset, run.configuration, f"plans {run.plans}", f"fold {run.fold}"), [])
+        if text not in texts:
+            texts.append(text)
+    return [f"{', '.join(setting)}: {'; '.join(texts)}" for setting, texts in of_setting.items()]
 
 
 def unequal_steps(runs: list[Run]) -> list[str]:
@@ -198,27 +210,45 @@ def unequal_steps(runs: list[Run]) -> list[str]:
 
     Stock nnU-Net's number of steps per epoch is fixed; only ours is a setting, ``num_iterations_per_epoch``.
     """
-    trainers, stock = discovery.trainers(), SemiSupSettings().num_iterations_per_epoch
 
     def setting(run: Run) -> tuple:
-        return (run.dataset, run.plans, run.configuration, run.epochs, run.fold)
+        return (run.dataset, run.plans, run.configuration, run.fold)
 
-    with_baseline = {setting(run) for run in runs if run.trainer == BASELINE}
+    stock: dict[tuple, set[int]] = {}  # epochs
+    for run in runs:
+        if run.trainer == BASELINE:
+            stock.setdefault(setting(run), set()).add(run.epochs)
     warnings = []
     for run in runs:
-        if run.trainer not in trainers or setting(run) not in with_baseline:
+        if run.trainer not in discovery.trainers() or setting(run) not in stock:
             continue
-        file = Path(os.environ["nnUNet_preprocessed"], run.dataset, f"{run.plans}.json")
-        plans = read_object(file, "make the plans, see nnUNetv2_semisup_plans -h")
-        settings_class = discovery.settings_class(run.trainer)
-        ours = settings.of_trainer(plans, run.trainer, settings_class, trainers).num_iterations_per_epoch
-        if ours != stock:
+        where = f"{run.dataset}, {run.configuration}, plans {run.plans}"
+        ours, theirs = _steps_per_epoch(run), SemiSupSettings().num_iterations_per_epoch
+        if run.epochs not in stock[setting(run)]:
             warnings.append(
-                f"{run.trainer} takes {run.epochs} x {ours} steps on {run.dataset}, {run.configuration}, plans "
-                f"{run.plans}, stock {BASELINE} {run.epochs} x {stock}: they will not be compared. Remove "
-                f"{run.trainer}.num_iterations_per_epoch from {file} and set the length by epochs"
+                f"{run.trainer} runs {run.epochs} epochs on {where}, stock {BASELINE} does not: they will not be "
+                f"compared. Add {BASELINE} with {run.epochs} epochs"
+            )
+        elif ours != theirs:
+            warnings.append(
+                f"{run.trainer} takes {run.epochs} x {ours} steps on {where}, stock {BASELINE} {run.epochs} x {theirs}:"
+                f" they will not be compared. Remove {run.trainer}.num_iterations_per_epoch from {_plans_file(run)} "
+                f"and set the length by epochs"
             )
     return list(dict.fromkeys(warnings))
+
+
+def _steps_per_epoch(run: Run) -> int:
+    trainers = discovery.trainers()
+    if run.trainer not in trainers:
+        return SemiSupSettings().num_iterations_per_epoch
+    plans = read_object(_plans_file(run), "make the plans, see nnUNetv2_semisup_plans -h")
+    settings_class = discovery.settings_class(run.trainer)
+    return settings.of_trainer(plans, run.trainer, settings_class, trainers).num_iterations_per_epoch
+
+
+def _plans_file(run: Run) -> Path:
+    return Path(os.environ["nnUNet_preprocessed"], run.dataset, f"{run.plans}.json")
 
 
 def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
@@ -244,11 +274,7 @@ def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     identifier = PlansManager(plans).get_configuration(configuration).data_identifier
-    if not any((preprocessed / identifier).glob("*.pkl")):
-        raise InputError(
-            f"{preprocessed / identifier} holds no preprocessed cases: run "
-            f"nnUNetv2_preprocess -d {dataset} -plans_name {plans_name} -c {configuration}"
-        )
+    require_preprocessed(preprocessed, identifier, plans_name, configuration)
     for trainer, values in plans.get("semisup", {}).items():
         if values.get("deterministic_seed") is not None:
             raise InputError(

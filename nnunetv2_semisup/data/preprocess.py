@@ -43,7 +43,15 @@ from nnunetv2_semisup.data.headers import Header, differing_axes, read_header, s
 from nnunetv2_semisup.data.jobs import submit, worker_pool
 from nnunetv2_semisup.data.reading import read_errors
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import PREPROCESSED, cannot_write, nnunet_folder, read_json, write_json
+from nnunetv2_semisup.files import (
+    PREPROCESSED,
+    cannot_write,
+    dataset_id,
+    nnunet_folder,
+    plans_in,
+    read_json,
+    write_json,
+)
 
 MANIFEST_PAUSE = 20  # between two writings of the manifest, as many times as long as the last one took
 MAX_GROWTH = 100  # times as many voxels after resampling; slices of 10 mm to 1 mm are 10
@@ -205,9 +213,9 @@ class _Survey(NamedTuple):
 
 def _read_task(dataset_name: str, plans_name: str, configuration: str) -> _Task:
     folder = nnunet_folder(PREPROCESSED) / dataset_name
-    command = f"run nnUNetv2_plan_and_preprocess -d {_dataset_id(dataset_name)}"
+    command = f"run nnUNetv2_plan_and_preprocess -d {dataset_id(dataset_name)}"
     plans_file = folder / f"{plans_name}.json"
-    others = sorted(f.stem for f in folder.glob("*Plans*.json") if not f.stem.endswith("_unlabeled"))
+    others = plans_in(folder)
     hint = f", or choose one of the plans there with -p: {', '.join(others)}" if others else ""
     plans = read_json(plans_file, command + hint)
     check_plans(plans, configuration, str(plans_file), command)
@@ -270,22 +278,19 @@ def _labelled_axes(task: _Task) -> int | None:
     return header.number if header else None
 
 
-def _dataset_id(dataset_name: str) -> str:
-    """``508`` of ``Dataset508_Name``, as commands take it."""
-    number = dataset_name.removeprefix("Dataset")[:3]
-    return str(int(number)) if number.isdecimal() else dataset_name
-
-
 def _survey(task: _Task) -> _Survey:
     images = _find_images(task)
     manifest = _read_manifest(task)
     whole = {case: entry for case, entry in manifest.items() if _sizes(task.folder, case) == entry.get("sizes")}
     if images is None:
         if not whole:
-            where = f"nnUNet_raw/{task.dataset_name}/{RAW_FOLDER}"
+            nothing = f"{task.folder} holds no case made with these plans"
+            if not nnUNet_raw.get():
+                raise InputError(f"nnUNet_raw is not set and {nothing}: export nnUNet_raw=FOLDER")
+            where = Path(nnUNet_raw, task.dataset_name, RAW_FOLDER)
             raise InputError(
-                f"{where} is not there (nnUNet_raw is {nnUNet_raw.get() or 'not set'}) and {task.folder} holds no case "
-                f"made with these plans: put the unlabelled images into {where}, or copy that folder and its manifest"
+                f"{where} is not there and {nothing}: put the unlabelled images into {where}, named as in imagesTr, or "
+                f"copy that folder and its manifest"
             )
         return _Survey(None, {}, whole, [], sorted(set(manifest) - set(whole)), [])
     facts = {case: _file_facts(files) for case, files in images.items()}
@@ -431,7 +436,7 @@ def _process(task: _Task, survey: _Survey, pending: list[str], num_processes: in
     except BrokenProcessPool as error:
         raise InputError(
             f"A process that preprocessed unlabelled images was killed, most likely for lack of memory: finish with "
-            f"fewer processes, nnUNetv2_semisup_preprocess -d {_dataset_id(task.dataset_name)} -p {task.plans_name} "
+            f"fewer processes, nnUNetv2_semisup_preprocess -d {dataset_id(task.dataset_name)} -p {task.plans_name} "
             f"-c {task.configuration} -np {workers // 2}"
         ) from error
     finally:

@@ -28,7 +28,7 @@ from nnunetv2_semisup.data.folders import (
 )
 from nnunetv2_semisup.data.headers import turns_images
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.datasets import images
+from nnunetv2_semisup.datasets import dicom, images
 from nnunetv2_semisup.datasets.incoming import (
     PHOTOGRAPHS,
     Incoming,
@@ -239,7 +239,7 @@ def _has_few_values(array: np.ndarray) -> bool:
 def _read(item: Incoming, by_nibabel: bool) -> list[sitk.Image]:
     channels = []
     for files in item.sources:
-        image = images.read_series(files) if len(files) > 1 else images.read_image(files[0], by_nibabel=by_nibabel)
+        image = dicom.read_series(files) if len(files) > 1 else images.read_image(files[0], by_nibabel=by_nibabel)
         wrong = image.GetDimension() > 2 and image.GetNumberOfComponentsPerPixel() > 1
         if wrong or image.GetDimension() not in (2, 3, 4):
             raise InputError(f"{files[0]}: several values per voxel or a time axis; split it into one file per channel")

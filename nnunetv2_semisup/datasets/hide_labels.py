@@ -6,10 +6,8 @@ import csv
 import io
 import itertools
 import json
-import os
 import random
 import re
-import warnings as warnings_module
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_semisup.data import splits
 from nnunetv2_semisup.data.checks import check_label, require_finite, require_own_data, require_whole_nifti
 from nnunetv2_semisup.data.folders import (
     PATIENTS,
@@ -30,12 +27,12 @@ from nnunetv2_semisup.data.folders import (
 from nnunetv2_semisup.data.headers import Header, differing_axes, read_header, turns_images
 from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.data.reading import last_line, read_errors
+from nnunetv2_semisup.datasets.folds import kept_folds
 from nnunetv2_semisup.datasets.raw import find_dataset, link_or_copy, new_dataset_path, whole_folder, write_splits
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import PREPROCESSED, listed, write_json
+from nnunetv2_semisup.files import listed, write_json
 
 RECORD = "hidden_labels.json"
-WORDS = {"train": "train on", "val": "validate on"}
 PATIENT_FACTS = "patients.csv"  # of our ACDC converter
 
 
@@ -204,48 +201,6 @@ def foreground_sizes(
     for case, voxels in zip(names, counts, strict=True):
         of_patient.setdefault(patient_of[case], []).append(voxels)
     return {patient: float(np.mean(voxels)) for patient, voxels in of_patient.items()}
-
-
-def kept_folds(
-    source: Path, cases: list[str], patient_of: dict[str, str], kept: Sequence[str]
-) -> list[dict[str, list[str]]] | None:
-    """The source's own folds restricted to ``kept``; None where it has none, or those that nnU-Net or we would make.
-
-    They lie in the raw folder or, as nnU-Net uses them, in the preprocessed one.
-
-    Args:
-        source: raw folder.
-        cases: all labelled cases of the source.
-        patient_of: case -> patient.
-        kept: cases that keep their labels.
-
-    Raises:
-        InputError: a fold would have nothing to train on or nothing to validate on.
-    """
-    preprocessed = Path(os.environ.get(PREPROCESSED, "")) / source.name
-    file = next((f / "splits_final.json" for f in (source, preprocessed) if (f / "splits_final.json").is_file()), None)
-    if file is None:
-        return None
-    folds = splits.read_folds(file, cases)
-    with warnings_module.catch_warnings():
-        warnings_module.simplefilter("ignore")  # one patient only
-        if folds in (splits.make_splits(cases), splits.make_splits(cases, patient_of)):
-            return None
-    chosen = set(kept)
-    hidden = [case for case in cases if case not in chosen]
-    new = []
-    for number, fold in enumerate(folds):
-        restricted = {key: [case for case in fold[key] if case in chosen] for key in ("train", "val")}
-        if empty := [key for key, names in restricted.items() if not names]:
-            raise InputError(
-                f"{file}: fold {number} would have no case left to {' and '.join(WORDS[key] for key in empty)}; choose "
-                f"other or more labelled cases, or give --patient_pattern for new folds (REGEX '.+': every case is a "
-                f"patient)"
-            )
-        if "unlabeled" in fold:
-            restricted["unlabeled"] = sorted({*fold["unlabeled"], *hidden})
-        new.append(restricted)
-    return new
 
 
 def _leaks(source: Path, hidden: Sequence[str], ending: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_semisup.datasets import images
+from nnunetv2_semisup.datasets import dicom, images
 from nnunetv2_semisup.errors import InputError
 
 FORMATS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -51,7 +51,7 @@ def find_incoming(source: Path, channels: int, ending: str) -> tuple[list[Incomi
         ending: of its files.
     """
     files = images.walk(source)
-    series = images.find_series(files)
+    series = dicom.find_series(files)
     slices = {file for members in series.values() for file in members}
     formats = PHOTOGRAPHS if ending in PHOTOGRAPHS else FORMATS
     with_headers = {file.parent for file in files if file.name.lower().endswith(DETACHED)}

@@ -1,54 +1,62 @@
-"""The main job on data it makes itself, through nnU-Net's stock commands, each printed before it runs."""
+"""The main job, on data it makes itself or on a task of the Medical Segmentation Decathlon.
+
+Everything runs through nnU-Net's stock commands and ours, each printed before it runs.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from time import time
 
-import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_semisup.demo import data
+from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED
+from nnunetv2_semisup.demo import data, report
+from nnunetv2_semisup.demo.task import Task, read_task, write_dataset
 from nnunetv2_semisup.errors import InputError
 
-DATASET = "Dataset990_Demo"
+ID = "990"
+DATASET = f"Dataset{ID}_Demo"
+PLANS = "demo"  # of the data that the demo makes
 BASELINE = "nnUNetTrainer"
-PLANS = "demo"
 CASES = {"imagesTr": 6, "imagesUn": 18, "imagesTs": 8}
 PATCH = [16, 16, 24]  # z, y, x; a whole case is 24 x 32 x 32 with the preset, and a step takes thrice as long with that
-STOCK_EPOCHS = (1, 5, 10, 20, 50, 100, 250)  # nnU-Net has its own trainer for these lengths and for no other
-DEFAULT_EPOCHS = 5
+MADE_EPOCHS, REAL_EPOCHS = 5, 20  # stock nnU-Net has reached its level on Hippocampus after 20
+# Minutes of training per epoch of stock nnU-Net and of PasteMatch together: results/runs.csv, Hippocampus with 4
+# labelled cases, 2d, plans small, on one of two CPU cores, the other one busy; and PasteMatch's cost in stock steps.
+MINUTES_PER_EPOCH, COST = 1.9, 2.3
+
+Command = Callable[..., None]
 
 
-def run(folder: Path, trainer: str, epochs: int | None, device: str | None) -> None:
-    """Make data, plan, preprocess, train baseline and ``trainer``, predict the test cases, write table and picture.
+def run(folder: Path, trainer: str, epochs: int | None, device: str | None, source: Path | None = None) -> None:
+    """Make a data set, plan, preprocess, train baseline and ``trainer``, predict the test cases, write table, picture.
 
     Args:
         folder: created; must not exist or be empty.
         trainer: one of ours, without epoch suffix.
-        epochs: length of both trainings, one of ``STOCK_EPOCHS``; None for 5.
+        epochs: length of both trainings; None for 5, or 20 with ``source``.
         device: cuda, cpu or mps; None for a GPU if there is one.
+        source: folder of a task of the Medical Segmentation Decathlon; None: data that the demo makes.
 
     Raises:
-        InputError: the folder is in use, no such trainer or length, or a command failed.
+        InputError: a folder is not what it should be, no such trainer, or a command failed.
     """
     from nnunetv2_semisup import discovery
 
-    epochs = epochs or DEFAULT_EPOCHS
     try:
         discovery.settings_class(trainer)
     except InputError as error:
         raise InputError(f"-tr: {error}") from None
-    if epochs not in STOCK_EPOCHS:
-        raise InputError(f"--epochs {epochs}: stock nnU-Net has trainers for {STOCK_EPOCHS} epochs, choose one of them")
+    task = None if source is None else read_task(source)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: choose another folder with -o, or remove it")
     device = device or _best_device()
@@ -56,33 +64,73 @@ def run(folder: Path, trainer: str, epochs: int | None, device: str | None) -> N
     folder = folder.resolve()
     environment = _environment(folder)
     raw = folder / "nnUNet_raw" / DATASET
-    print(f"Making {CASES['imagesTr']} labelled, {CASES['imagesUn']} unlabelled and {CASES['imagesTs']} test cases")
-    make_dataset(raw)
+    workers = environment["nnUNet_def_n_proc"]  # commands start up to 8 otherwise, which takes longer than it saves
 
     def command(*arguments: str) -> None:
         _command(arguments, environment, folder / "log.txt")
 
+    if task is None:
+        epochs, configuration, plans = epochs or MADE_EPOCHS, "3d_fullres", PLANS
+        _prepare_made(raw, folder, plans, command, workers)
+    else:
+        epochs, configuration, plans = epochs or REAL_EPOCHS, "2d", "small"
+        print(expectation(task.name, trainer, epochs))
+        _prepare_real(task, raw, folder, plans, command, workers)
     suffix = "1epoch" if epochs == 1 else f"{epochs}epochs"
-    workers = environment[
-        "nnUNet_def_n_proc"
-    ]  # these commands start up to 8 otherwise, which takes longer than it saves
-    command("nnUNetv2_plan_and_preprocess", "-d", "990", "-c", "3d_fullres", "--no_pp", "-npfp", workers)
-    command("nnUNetv2_semisup_plans", "-d", "990", "-o", PLANS, "--preset", "cpu")
-    shrink_patch(folder / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json")
-    command("nnUNetv2_preprocess", "-d", "990", "-plans_name", PLANS, "-c", "3d_fullres")
-    models = {}
+    predictions, evaluations = {}, {}
     for name in (f"{BASELINE}_{suffix}", f"{trainer}_{suffix}"):
-        model = ("-tr", name, "-p", PLANS)
-        command("nnUNetv2_train", "990", "3d_fullres", "all", *model, "-device", device)
-        output = folder / "predictions" / name
-        where = ("-i", str(raw / "imagesTs"), "-o", str(output), "-npp", workers, "-nps", workers)
-        command("nnUNetv2_predict", "-d", "990", "-c", "3d_fullres", "-f", "all", *model, *where, "-device", device)
-        truth = ("-djfile", str(raw / "dataset.json"), "-pfile", str(output / "plans.json"))
-        command("nnUNetv2_evaluate_folder", str(raw / "labelsTs"), str(output), *truth)
-        models[name] = output
-    table = write_table(folder / "dice.csv", models)
-    draw_overlay(folder / "overlay.png", raw, models)
-    print(f"\n{table}\n\n{folder / 'dice.csv'}\n{folder / 'overlay.png'}\n{time() - start:.0f} s in all on {device}")
+        model = ("-tr", name, "-p", plans)
+        command("nnUNetv2_train", ID, configuration, "all", *model, "-device", device)
+        predictions[name], evaluations[name] = folder / "predictions" / name, folder / "evaluation" / name
+        where = ("-i", str(raw / "imagesTs"), "-o", str(predictions[name]), "-npp", workers, "-nps", workers)
+        command("nnUNetv2_predict", "-d", ID, "-c", configuration, "-f", "all", *model, *where, "-device", device)
+        compared = ("-ref", str(raw / "labelsTs"), "-pred", str(predictions[name]))
+        truth = ("-djfile", str(raw / "dataset.json"), "-o", str(evaluations[name]))
+        command("nnUNetv2_semisup_evaluate", *compared, *truth)
+    dice = report.read_dice(evaluations)
+    table = report.write_table(folder / "dice.csv", dice)
+    report.draw_overlay(folder / "overlay.png", raw, predictions, dice)
+    more = f"More metrics, per case and label: {folder / 'evaluation'}"
+    print(f"\n{table}\n\n{folder / 'dice.csv'}\n{folder / 'overlay.png'}\n{more}")
+    print(f"{(time() - start) / 60:.0f} minutes in all on {device}")
+
+
+def expectation(task: str, trainer: str, epochs: int) -> str:
+    """How long the trainings will take, as far as that was measured."""
+    from nnunetv2_semisup import discovery
+
+    cost = discovery.trainers()[trainer].method_class.cost
+    minutes = MINUTES_PER_EPOCH * epochs * (1 + cost) / (1 + COST)
+    length = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    lines = [
+        f"{task}: two trainings of {length}. Both take about {max(1, round(minutes))} minutes on a CPU core, as "
+        f"measured with Hippocampus; larger images take longer to preprocess and predict. On a GPU: not measured."
+    ]
+    if epochs < REAL_EPOCHS:
+        lines.append(f"Fewer than {REAL_EPOCHS} epochs show that it runs: stock nnU-Net is not at its level yet.")
+    return "\n".join(lines)
+
+
+def _prepare_made(raw: Path, folder: Path, plans: str, command: Command, workers: str) -> None:
+    print(f"Making {CASES['imagesTr']} labelled, {CASES['imagesUn']} unlabelled and {CASES['imagesTs']} test cases")
+    make_dataset(raw)
+    command("nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "3d_fullres", "--no_pp", "-npfp", workers)
+    command("nnUNetv2_semisup_plans", "-d", ID, "-o", plans, "--preset", "cpu")
+    shrink_patch(folder / "nnUNet_preprocessed" / raw.name / f"{plans}.json")
+    command("nnUNetv2_preprocess", "-d", ID, "-plans_name", plans, "-c", "3d_fullres")
+
+
+def _prepare_real(task: Task, raw: Path, folder: Path, plans: str, command: Command, workers: str) -> None:
+    numbers = ", ".join(f"{task.number(role)} {role}" for role in (LABELLED, UNLABELLED, TEST))
+    print(f"Taking {numbers} cases; the labels of the unlabelled ones are not read")
+    try:
+        write_dataset(task, raw, int(workers))
+    except BaseException:  # a damaged case, Ctrl-C: the same command must find the folder as it was
+        shutil.rmtree(folder)
+        raise
+    command("nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "2d", "-npfp", workers, "-np", workers)
+    command("nnUNetv2_semisup_plans", "-d", ID, "-o", plans, "--preset", "small")
+    command("nnUNetv2_semisup_preprocess", "-d", ID, "-p", plans, "-c", "2d", "-np", workers)
 
 
 def make_dataset(raw: Path) -> None:
@@ -114,47 +162,6 @@ def shrink_patch(plans: Path) -> None:
     print(f"Patch size in {plans.name} set to {PATCH}, to save time")
 
 
-def write_table(file: Path, models: dict[str, Path]) -> str:
-    """Write the test Dice of every case and return a table of mean, sd over cases, and minimum."""
-    dice = {}
-    for name, output in models.items():
-        cases = json.loads((output / "summary.json").read_text(encoding="utf-8"))["metric_per_case"]
-        dice[name] = {Path(c["prediction_file"]).name.split(".")[0]: c["metrics"]["1"]["Dice"] for c in cases}
-    names = list(dice)
-    with open(file, "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["case", *names])
-        writer.writerows([case, *(f"{dice[n][case]:.4f}" for n in names)] for case in sorted(dice[names[0]]))
-    lines = [f"{'test Dice, last checkpoint':34}{'mean':>8}{'sd':>8}{'min':>8}"]
-    for name in names:
-        values = np.array(list(dice[name].values()))
-        lines.append(f"{name:34}{values.mean():8.3f}{values.std(ddof=1):8.3f}{values.min():8.3f}")
-    difference = np.mean([dice[names[1]][c] - dice[names[0]][c] for c in dice[names[0]]])
-    lines.append(f"difference {difference:+.3f} (one run each: no measure of chance)")
-    return "\n".join(lines)
-
-
-def draw_overlay(file: Path, raw: Path, models: dict[str, Path]) -> None:
-    """Image, truth and each prediction as contours, on the slice of most organ, for the first three test cases."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    cases = sorted(f.name.split(".")[0] for f in (raw / "labelsTs").iterdir())[:3]
-    columns = {"image": None, "truth": raw / "labelsTs", **models}
-    figure = Figure(figsize=(3 * len(columns), 3.1 * len(cases)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for row, case in zip(figure.subplots(len(cases), len(columns), squeeze=False), cases, strict=True):
-        image = _read(raw / "imagesTs" / f"{case}_0000.nii.gz")
-        z = int(_read(raw / "labelsTs" / f"{case}.nii.gz").sum((1, 2)).argmax())
-        for axis, (title, folder) in zip(row, columns.items(), strict=True):
-            axis.imshow(image[z], cmap="gray")
-            axis.set_axis_off()
-            axis.set_title(f"{case}: {title}" if folder is None else title, fontsize="small")
-            if folder is not None and (mask := _read(folder / f"{case}.nii.gz")[z]).any():
-                axis.contour(mask, [0.5], colors="#E69F00", linewidths=1.5)
-    figure.savefig(file, dpi=110)
-
-
 def _write_case(seed: int, images: Path, labels: Path | None) -> None:
     image, label = data.make_case(seed)
     name = f"{images.name[-2:].lower()}{seed:03d}"
@@ -163,10 +170,6 @@ def _write_case(seed: int, images: Path, labels: Path | None) -> None:
             volume = sitk.GetImageFromArray(array)
             volume.SetSpacing(data.SPACING_MM)
             sitk.WriteImage(volume, str(file))
-
-
-def _read(file: Path) -> np.ndarray:
-    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
 
 
 def _best_device() -> str:
@@ -183,7 +186,8 @@ def _environment(folder: Path) -> dict[str, str]:
         environment[name] = str(folder / name)
     cores = os.cpu_count() or 1
     environment.setdefault("nnUNet_def_n_proc", str(max(1, min(8, cores // 2))))
-    environment.setdefault("nnUNet_n_proc_DA", str(max(1, min(12, cores // 2))))
+    if environment.get("nnUNet_n_proc_DA", "0") == "0":  # nnU-Net's planner does not run with 0
+        environment["nnUNet_n_proc_DA"] = str(max(1, min(12, cores // 2)))
     # Idle OpenMP threads that spin take the core that the loader's worker needs; threads that sleep at once wake up
     # late. A short spin is best on two cores: 20.5 s an epoch against 25.5 s without, both measured with this demo.
     environment.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,7 +1,5 @@
 """The one module that nnU-Net's trainer search reads: everything it offers lives in ``nnunetv2_semisup.trainers``."""
 
-import sys
-
 try:
     from nnunetv2_semisup import discovery, trainers
 except ModuleNotFoundError as error:
@@ -16,7 +14,6 @@ else:
         try:
             return getattr(trainers, name)
         except AttributeError:
-            near = discovery.nearest(name) if name.startswith("nnUNetTrainer") else None
-            if near:
-                print(f"nnunetv2_semisup has no trainer {name!r}. Did you mean {near}?", file=sys.stderr)
+            if not name.startswith("_"):
+                discovery.refuse_near_miss(name)
             raise

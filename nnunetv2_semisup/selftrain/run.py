@@ -26,9 +26,19 @@ from nnunetv2_semisup.data.preprocess import check_plans
 from nnunetv2_semisup.data.reading import damaged, read_errors
 from nnunetv2_semisup.datasets.raw import find_dataset, locked, new_dataset_path
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import PREPROCESSED, RAW, RESULTS, nnunet_folder, read_json, read_object, write_json
+from nnunetv2_semisup.files import (
+    PREPROCESSED,
+    RAW,
+    RESULTS,
+    nnunet_folder,
+    read_json,
+    read_object,
+    require_preprocessed,
+    write_json,
+)
 from nnunetv2_semisup.selftrain import dataset as dataset_module
 from nnunetv2_semisup.selftrain.predict import predict_cases
+from nnunetv2_semisup.training.ready import require_device
 
 ALL = ("all",)
 STATE = ("arguments", "seconds")  # keys of the state file
@@ -94,6 +104,7 @@ def self_train(options: Options, device: str = "cuda", processes: int = 1) -> st
     if options.folds != ALL:
         splits.ensure_splits(preprocessed, labelled)
         _check_folds(options.folds, preprocessed)
+    require_device(device)
     work.mkdir(parents=True, exist_ok=True)
     with locked(work / ".lock", f"another process does this self-training in {work}"):
         state = State(work / "state.json", {**asdict(options), "dataset": source.name, "unlabelled": sorted(cases)})
@@ -313,11 +324,7 @@ def _check_nnunet(options: Options, preprocessed: Path) -> None:
     configuration = PlansManager(plans).get_configuration(options.configuration)
     if configuration.previous_stage_name is not None:
         raise InputError(f"-c {options.configuration}: the cascade's second stage cannot be self-trained, use another")
-    if not any((preprocessed / configuration.data_identifier).glob("*.pkl")):
-        raise InputError(
-            f"{preprocessed / configuration.data_identifier} holds no preprocessed cases: run nnUNetv2_preprocess "
-            f"-d {options.dataset} -plans_name {options.plans} -c {options.configuration}"
-        )
+    require_preprocessed(preprocessed, configuration.data_identifier, options.plans, options.configuration)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             found = recursive_find_trainer_class_by_name(options.trainer)

@@ -38,6 +38,7 @@ from nnunetv2_semisup.training import checkpoints, pictures, rehearsal, streams,
 from nnunetv2_semisup.training.distributed import broadcast_state, is_distributed, mean_over_processes
 from nnunetv2_semisup.training.learning_rate import RestartingPolyLR
 from nnunetv2_semisup.training.log import TrainingLog
+from nnunetv2_semisup.training.ready import require_ready
 from nnunetv2_semisup.training.start import Start
 from nnunetv2_semisup.training.step import Group, StepResult, back_propagate, finish_step
 from nnunetv2_semisup.training.stopping import StopRequest
@@ -72,6 +73,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         where = f"plans {plans.get('plans_name')}" if isinstance(plans, dict) else "the plans"
         preprocess.check_plans(plans, configuration, where, "plan again with nnUNetv2_plan_and_preprocess")
         self.settings = self._resolve_settings(plans)
+        require_ready(plans, configuration, device)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.settings.num_epochs
         self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch

@@ -169,11 +169,22 @@ def test_all_is_well(dataset):
 def test_unequal_numbers_of_steps_are_warned_of(dataset, capsys):
     """The fixture's Mean Teacher has 4 steps an epoch, CrossMatch and stock have 250."""
     method, other = (tiny_run(trainer=f"nnUNetTrainer{name}", epochs=3) for name in ("MeanTeacher", "CrossMatch"))
-    assert run.unequal_steps([tiny_run(), method, other]) == [], "stock of another length is no baseline"
-    run.check([tiny_run(epochs=3), method, dataclasses.replace(method, seed=1), other])
-    [line] = capsys.readouterr().out.splitlines()
+    run.check([method, dataclasses.replace(method, seed=1), other, tiny_run(epochs=3)])
+    lengths, line = capsys.readouterr().out.splitlines()
+    assert lengths.endswith(
+        "fold all: nnUNetTrainer 3 x 250 = 750 steps; nnUNetTrainerMeanTeacher 3 x 4 = 12 steps; "
+        "nnUNetTrainerCrossMatch 3 x 250 = 750 steps"
+    )
     for words in ("nnUNetTrainerMeanTeacher takes 3 x 4 steps", "3 x 250", "Remove", "nnUNetPlans.json", "epochs"):
         assert words in line
+
+
+def test_a_baseline_of_another_length_alone_is_warned_of(dataset):
+    """Tables compare runs of equal length; without any stock run there is nothing to say, it may be done already."""
+    other = tiny_run(trainer="nnUNetTrainerCrossMatch", epochs=3)
+    [line] = run.unequal_steps([tiny_run(), other])
+    assert "nnUNetTrainerCrossMatch runs 3 epochs" in line and "Add nnUNetTrainer with 3 epochs" in line
+    assert run.unequal_steps([other]) == []
 
 
 def test_stock_of_a_length_that_nnunet_does_not_have_is_trained_and_predicts(dataset, work, monkeypatch):

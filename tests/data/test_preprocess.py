@@ -746,10 +746,11 @@ def test_without_raw_images_and_earlier_ones(dataset, monkeypatch, absence, earl
         shutil.rmtree(dataset.raw / "imagesUn")
     else:
         monkeypatch.delenv("nnUNet_raw")
-    with pytest.raises(InputError, match=r"imagesUn is not there .* holds no case made with these plans: put"):
-        run(dataset)
-    with pytest.raises(InputError, match="imagesUn is not there"):
-        pending(dataset)
+    remedy = "imagesUn is not there .*: put" if absence == "dataset" else "not set .*: export nnUNet_raw=FOLDER"
+    for function in (run, pending):
+        with pytest.raises(InputError, match=remedy) as error:
+            function(dataset)
+        assert "holds no case made with these plans" in str(error.value)
 
 
 def test_missing_plans_and_configurations_name_the_command(dataset, monkeypatch):

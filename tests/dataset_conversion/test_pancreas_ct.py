@@ -18,7 +18,8 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import C
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from dataset_conversion import lists, pancreas_ct
-from nnunetv2_semisup.datasets.images import find_series, same_geometry
+from nnunetv2_semisup.datasets.dicom import find_series
+from nnunetv2_semisup.datasets.images import same_geometry
 
 pytestmark = pytest.mark.filterwarnings("ignore:One patient only")
 TRAIN, TEST = ["0002", "0070", "0019", "0033"], ["0050", "0025"]

@@ -215,16 +215,36 @@ def test_nothing_known_is_nan_and_a_dash():
     summary = summarize([failed("c", "a", (0, 5))])
     distance = summary["none"]["labels"]["a"]["assd_mm"]
     assert math.isnan(distance["mean"]) and math.isnan(distance["sd"]) and distance["n"] == 0
-    lines = {line.split()[2]: line.split()[3:] for line in table(summary).splitlines()[1:7]}
-    assert lines["assd_mm"] == ["-", "-", "-", "0", "1"]
-    assert lines["dice"] == ["0.0000", "-", "0.0000", "1", "1"]
+    lines = table(summary).splitlines()
+    assert lines[1].split() == ["label", "Dice", "%", "Jaccard", "%", "95HD", "voxel", "ASD", "voxel", "failures"]
+    assert lines[2].split() == ["a", "0.0", "±", "-", "0.0", "±", "-", "-", "-", "1"]
+    assert lines[3].startswith("failure: only one of")
 
 
-def test_table_shows_every_label_and_postprocessing():
-    rows = [row("c", label, 0.25, postprocessing=p) for p in module.POSTPROCESSING for label in ("organ one", "b")]
+def test_table_has_a_line_per_label_and_the_mean():
+    """Per label the mean ± sd of its column, in the printed digits, computed here."""
+    cases = {f"c{i}": {"hippocampus": 0.5 + 0.1 * i, "b": 0.7} for i in range(4)}
+    rows = [row(case, label, value) for case, values in cases.items() for label, value in values.items()]
+    lines = table(summarize(rows)).splitlines()
+    assert lines[0] == "4 cases, predictions as they are; mean ± sd over cases"
+    assert lines[2].split() == ["hippocampus", *["65.0", "±", "12.9"] * 2, *["0.65", "±", "0.13"] * 4, "0"]
+    assert lines[3].split() == ["b", *["70.0", "±", "0.0"] * 2, *["0.70", "±", "0.00"] * 4, "0"]
+    assert lines[4].split() == ["(mean)", *["67.5", "±", "6.5"] * 2, *["0.68", "±", "0.06"] * 4, "0"]
+    assert len(lines) == 5, "nothing to explain"
+
+
+def test_table_fits_100_columns_and_has_every_postprocessing():
+    """Long names, large numbers, labels that not every case has."""
+    labels = ("left ventricular myocardium", "pulmonary_artery_left", "b")
+    rows = [row(f"c{i}", x, 123.4 * i, postprocessing=p) for p in module.POSTPROCESSING for x in labels for i in (0, 1)]
+    rows += [row("c2", "b", math.nan, (0, 0), postprocessing=p) for p in module.POSTPROCESSING]
+    for r in rows:
+        r |= {"dice": min(r["dice"], 1.0), "jaccard": min(r["jaccard"], 1.0)}
     text = table(summarize(rows))
-    for word in ("organ one", "(mean over labels)", "largest_component", "0.2500", *METRICS):
-        assert word in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("(mean)") == 2 and "largest component of each predicted label" in text
+    assert text.count("b: 2 cases, in the others neither prediction nor reference has it") == 2
+    assert "left" in text and "ventricular" in text and "myocardium" in text and "pulmonary_ar" in text
 
 
 # -------------------------------------------------------------------------------------------------------------- formats
@@ -457,7 +477,7 @@ def test_command(folders, capsys):
     folders.add("c", *arrays(0))
     assert command(folders, "--largest_component", "-np", "1") == 0
     out = capsys.readouterr().out
-    assert "largest_component" in out and "hd95_voxel" in out and str(folders.output / "cases.csv") in out
+    assert "largest component" in out and "95HD voxel" in out and str(folders.output / "cases.csv") in out
     assert (folders.output / "summary.json").is_file()
 
 
