@@ -109,7 +109,7 @@ def differences() -> str:
     """All tables of results, and every pair of the study's runs, whose plans differ."""
     study = [c.cases for c in table.load(REPOSITORY / "results" / "study_hippocampus") if c.is_plain]
     pairs = [table.paired_difference(a, b) for a, b in permutations(study, 2)]
-    lines = [f"{100 * d.mean:+.1f} [{100 * d.low:.1f}, {100 * d.high:.1f}]" for d in pairs]
+    lines = [f"{100 * d.mean:+.1f} [{100 * d.low:.1f}, {100 * d.high:.1f}]" for d in pairs if d]  # of one task
     return "\n".join([*(text(file) for file in (REPOSITORY / "results").rglob("README.md")), *lines])
 
 
@@ -124,7 +124,11 @@ def costs(name: str) -> dict[str, str]:
     """Of a trainer: counted and measured stock steps, and GiB."""
     counted, measured = (records.read_csv(REPOSITORY / "results" / f"{kind}.csv") for kind in ("counted", "speed"))
     [count] = [row for row in counted if row["trainer"] == name and row["patch"] == "128 x 128 x 128"]
-    [speed] = [row for row in measured if row["trainer"] == name and row["dataset"] == "Dataset704_Hippocampus"]
+    [speed] = [
+        row
+        for row in measured
+        if row["trainer"] == name and (row["dataset"], row["configuration"]) == ("Dataset704_Hippocampus", "2d")
+    ]
     values = {"counted": count["operations_ratio"], "measured": speed["step_ratio"], "gib": count["gib"]}
     return {key: f"{float(value):.1f}" for key, value in values.items()}
 

@@ -27,7 +27,7 @@ def series(results: Path) -> Series:
         found.setdefault(name, {})[row["trainer"]] = float(row["operations_ratio"])
     for row in records.read_csv(results / "speed.csv"):
         if row["compiled"] != "True":
-            data = row["dataset"].split("_", 1)[1]
+            data = row["dataset"].split("_", 1)[-1]
             name = f"measured, {data} {row['configuration']}, {row['device']}, threads: {row['threads']}"
             found.setdefault(name, {})[row["trainer"]] = float(row["step_ratio"])
     return found
