@@ -87,14 +87,17 @@ def peak_gib(dataset: str, configuration: str, plans: str, name: str) -> float:
 
 
 def memory_warning(dataset: str, configuration: str, plans: str, name: str, available: int) -> str | None:
-    """What to do where the largest step of a training would not fit; None if it fits.
+    """What to do where the largest step of a training would not fit, or why that is not known; None if it fits.
 
     Args:
         dataset, configuration, plans, name: of the training.
         available: bytes of memory of the GPU.
     """
-    with torch.random.fork_rng(devices=[]):
-        gib = peak_gib(dataset, configuration, plans, name)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            gib = peak_gib(dataset, configuration, plans, name)
+    except Exception as error:  # whatever it is: a forecast must not end the training that it is made for
+        return f"WARNING: whether {name} fits this GPU could not be counted ({type(error).__name__}: {error})"
     if (gib + ROOM) * 2**30 <= available:
         return None
     return (

@@ -48,7 +48,7 @@ def test_command(tiny, tmp_path, capsys):
     assert len(records.read_csv(tmp_path / "out" / "counted.csv")) == 2, "the same rows are replaced"
 
 
-def test_a_training_that_will_not_fit_is_named_before_it_starts(tiny, monkeypatch):
+def test_a_training_that_will_not_fit_is_named_before_it_starts(tiny):
     arguments = tiny.name, "3d_fullres", "nnUNetPlans", "nnUNetTrainerCrossMatch"
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -59,3 +59,8 @@ def test_a_training_that_will_not_fit_is_named_before_it_starts(tiny, monkeypatc
     warning = rehearsal.memory_warning(*arguments, int((gib + 1.4) * 2**30))
     assert "nnUNetTrainerCrossMatch" in warning and "this GPU has 1.4 GiB" in warning and "--patch_size" in warning
     assert torch.rand(1) == expected, "the training's random numbers are left alone"
+
+
+def test_what_cannot_be_counted_ends_no_training(tiny):
+    warning = rehearsal.memory_warning("Dataset001_Missing", "2d", "nnUNetPlans", "nnUNetTrainerCrossMatch", 2**30)
+    assert warning.startswith("WARNING: whether nnUNetTrainerCrossMatch fits")
