@@ -49,7 +49,11 @@ def test_class_masks_keep_half_of_the_classes_present():
 
 
 @settings(max_examples=60)
-@given(st.lists(st.integers(1, 12), min_size=2, max_size=3), st.fractions(0, 1).filter(bool), st.integers(0, 1000))
+@given(
+    st.lists(st.integers(1, 12), min_size=2, max_size=3),
+    st.fractions(0, 1, max_denominator=1000).filter(bool),
+    st.integers(0, 1000),
+)
 def test_a_shared_box_is_one_cuboid_inside_the_patch(shape, side, seed):
     torch.manual_seed(seed)
     box = draw_shared_box(torch.zeros(3, 2, *shape), float(side))
