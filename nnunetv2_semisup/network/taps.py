@@ -63,7 +63,8 @@ def share(skips: list[Tensor]) -> list[Tensor]:
 
 def back_propagate_shared(skips: list[Tensor], shared: list[Tensor]) -> None:
     """Back-propagate through the encoder what has gathered in ``shared``, the copies of ``skips``: their sum, once."""
-    reached = [(skip, copy.grad) for skip, copy in zip(skips, shared, strict=True) if copy.grad is not None]
+    pairs = zip(skips, shared, strict=True)  # a frozen encoder's skips have no graph
+    reached = [(skip, copy.grad) for skip, copy in pairs if copy.grad is not None and skip.requires_grad]
     with torch.autocast(skips[0].device.type, enabled=False):
         torch.autograd.backward([skip for skip, _ in reached], [gradient for _, gradient in reached])
 

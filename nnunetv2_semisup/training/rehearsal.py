@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -32,7 +34,8 @@ ROOM = 1.5  # GiB beside the live tensors that a GPU should have
 
 def build(dataset: str, configuration: str, plans: str, name: str, device: str) -> nnUNetTrainer:
     """A trainer ready for :func:`step`; the log that its constructor writes goes to a folder that is removed."""
-    with tempfile.TemporaryDirectory() as folder, environment(nnUNet_results=folder), _silent():
+    quiet = {"nnUNet_wandb_enabled": "0"}  # the training that asks may be logging to W&B in this process
+    with tempfile.TemporaryDirectory() as folder, environment(nnUNet_results=folder, **quiet), _silent():
         trainer = get_trainer_from_args(dataset, configuration, "all", name, plans, device=torch.device(device))
         trainer.initialize()
     trainer.print_to_log_file = lambda *arguments, **options: None
@@ -93,11 +96,15 @@ def memory_warning(dataset: str, configuration: str, plans: str, name: str, avai
         dataset, configuration, plans, name: of the training.
         available: bytes of memory of the GPU.
     """
+    states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             gib = peak_gib(dataset, configuration, plans, name)
     except Exception as error:  # whatever it is: a forecast must not end the training that it is made for
         return f"WARNING: whether {name} fits this GPU could not be counted ({type(error).__name__}: {error})"
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     if (gib + ROOM) * 2**30 <= available:
         return None
     return (

@@ -1,5 +1,8 @@
 """Costs counted on tensors without values, against those counted on real ones."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -55,10 +58,12 @@ def test_a_training_that_will_not_fit_is_named_before_it_starts(tiny):
     torch.manual_seed(3)
     gib = rehearsal.peak_gib(*arguments)
     torch.manual_seed(3)
+    states = random.getstate(), np.random.get_state()[1].tolist()
     assert rehearsal.memory_warning(*arguments, int((gib + 1.6) * 2**30)) is None
     warning = rehearsal.memory_warning(*arguments, int((gib + 1.4) * 2**30))
     assert "nnUNetTrainerCrossMatch" in warning and "this GPU has 1.4 GiB" in warning and "--patch_size" in warning
     assert torch.rand(1) == expected, "the training's random numbers are left alone"
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
 
 
 def test_what_cannot_be_counted_ends_no_training(tiny):

@@ -49,6 +49,28 @@ def test_equals_stock_forward_and_gradient(network):
     assert torch.equal(taps.logits(network, images), expected[0])
 
 
+@pytest.mark.parametrize("frozen", ["nothing", "first stage", "encoder"])
+def test_shared_skips_have_the_gradients_of_one_graph(network, frozen):
+    """Two decoder passes back-propagated one by one, also with a part of the encoder frozen."""
+    for module in {"nothing": [], "first stage": [network.encoder.stages[0]], "encoder": [network.encoder]}[frozen]:
+        module.requires_grad_(False)
+    images = images_for(network)
+    skips = taps.encode(network, images)
+    sum((factor * taps.logits_of(network, [factor * s for s in skips])).square().mean() for factor in (1, 2)).backward()
+    expected = {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
+    network.zero_grad()
+    skips = taps.encode(network, images)
+    shared = taps.share(skips)
+    for factor in (1, 2):
+        (factor * taps.logits_of(network, [factor * s for s in shared])).square().mean().backward()
+    taps.back_propagate_shared(skips, shared)
+    found = {k: p.grad for k, p in network.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
 def test_channels_last_changes_the_layout_only(network):
     images = images_for(network)
     expected = as_list(network(images))
