@@ -52,7 +52,7 @@ def draw(found: Series) -> Figure:
         places = [y + (i - (len(found) - 1) / 2) * height for y, _ in shown]
         axis.barh(places, [v for _, v in shown], height, color=COLOURS[i % len(COLOURS)], label=name)
     axis.axvline(1, color="0.4", linewidth=1)
-    axis.set_yticks(range(len(trainers)), [t.removeprefix(BASELINE).lstrip(", ") for t in trainers])
+    axis.set_yticks(range(len(trainers)), [t.replace(f"{BASELINE},", "stock,").removeprefix(BASELINE) for t in trainers])
     axis.set_ylim(len(trainers) - 0.5, -0.5)
     axis.set_xlabel("stock steps")
     axis.grid(axis="x", alpha=0.3)

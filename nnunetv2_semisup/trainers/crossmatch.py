@@ -93,7 +93,7 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
     """
 
     settings_class = CrossMatchSettings
-    cost, memory_gib, use = 7.2, 5.7, "gained as much as PasteMatch, at 3 times the cost"
+    cost, memory_gib, use = 7.2, 5.7, "gained a little more than PasteMatch, at 3 times the cost"
     unsupervised_weights = ("w_s1", "w_s2", "w_kd")
 
     def __init__(self, network: nn.Module, task: TaskInfo, settings: CrossMatchSettings):
