@@ -49,18 +49,18 @@ def refuse_near_miss(name: str) -> None:
     """Tell which trainer of ours ``name``, which nnU-Net searches in vain, was meant to be, if one is near.
 
     Raises:
-        InputError: with that line, if ours is the last folder that nnU-Net would look in; else the line is printed.
+        UnknownTrainer: with that line, if ours is the last folder that nnU-Net would look in; else the line is printed.
     """
     import sys
 
-    from nnunetv2_semisup.errors import InputError
+    from nnunetv2_semisup.errors import UnknownTrainer
 
     if (near := nearest(name)) is None:
         return
     line = f"nnunetv2_semisup has no trainer {name!r}. Did you mean {near}?"
     folders = [f for f in os.environ.get(VARIABLE, "").split(os.pathsep) if f]
     if folders[-1:] == [ext_trainers_folder()]:
-        raise InputError(f"{line} A trainer of your own needs its folder in {VARIABLE}")
+        raise UnknownTrainer(f"{line} A trainer of your own needs its folder in {VARIABLE}")
     print(line, file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""The two exceptions that this package raises on purpose."""
+"""The exceptions that this package raises on purpose."""
 
 
 class InputError(SystemExit, ValueError):
@@ -8,6 +8,10 @@ class InputError(SystemExit, ValueError):
     Python, and a ``SystemExit`` for whoever typed a command: Python then prints the message alone and exits with a code
     that is not 0. That matters because ``nnUNetv2_train`` is not ours, so we cannot catch errors around it.
     """
+
+
+class UnknownTrainer(InputError, RuntimeError):
+    """nnU-Net's search would end without the trainer; nnU-Net's own error is a ``RuntimeError``, so this is one too."""
 
 
 class TrainingFailed(RuntimeError):

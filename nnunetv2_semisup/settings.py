@@ -190,6 +190,13 @@ def as_json(settings: SemiSupSettings) -> dict:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
 
 
+def with_numbers_of(settings: SemiSupSettings, before: dict[str, Any]) -> SemiSupSettings:
+    """``settings`` with the values of ``before``, a dict of :func:`as_json`, where they are null and those are not."""
+    names = (f.name for f in dataclasses.fields(settings))
+    null = [name for name in names if getattr(settings, name) is None and before.get(name) is not None]
+    return dataclasses.replace(settings, **{name: before[name] for name in null})
+
+
 def _lies_in(interval: str, value: float) -> bool:
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = value >= low if interval.startswith("[") else value > low

@@ -51,6 +51,8 @@ def test_a_near_miss_ends_nnunets_search_with_one_line(monkeypatch, capsys, name
     monkeypatch.setenv("nnUNet_extTrainer", discovery.ext_trainers_folder())
     with pytest.raises(InputError, match="Did you mean nnUNetTrainerCrossMatch(_5epochs)?[?]"):
         recursive_find_trainer_class_by_name(name)
+    with pytest.raises(RuntimeError, match="Did you mean"):  # as nnU-Net's own error, for whoever uses it as a library
+        recursive_find_trainer_class_by_name(name)
     with pytest.raises(RuntimeError, match="Could not find requested nnunet trainer nnUNetTrainerQQQQ"):
         recursive_find_trainer_class_by_name("nnUNetTrainerQQQQ")
 

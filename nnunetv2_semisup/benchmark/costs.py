@@ -28,7 +28,8 @@ def series(results: Path) -> Series:
     for row in records.read_csv(results / "speed.csv"):
         if row["compiled"] != "True":
             data = row["dataset"].split("_", 1)[-1]
-            name = f"measured, {data} {row['configuration']}, {row['device']}, threads: {row['threads']}"
+            plans = f"{data} {row['configuration']}, plans {row['plans']}"
+            name = f"measured, {plans}, {row['hardware']}, threads: {row['threads']}"
             found.setdefault(name, {})[row["trainer"]] = float(row["step_ratio"])
     return found
 
@@ -52,7 +53,9 @@ def draw(found: Series) -> Figure:
         places = [y + (i - (len(found) - 1) / 2) * height for y, _ in shown]
         axis.barh(places, [v for _, v in shown], height, color=COLOURS[i % len(COLOURS)], label=name)
     axis.axvline(1, color="0.4", linewidth=1)
-    axis.set_yticks(range(len(trainers)), [t.replace(f"{BASELINE},", "stock,").removeprefix(BASELINE) for t in trainers])
+    axis.set_yticks(
+        range(len(trainers)), [t.replace(f"{BASELINE},", "stock,").removeprefix(BASELINE) for t in trainers]
+    )
     axis.set_ylim(len(trainers) - 0.5, -0.5)
     axis.set_xlabel("stock steps")
     axis.grid(axis="x", alpha=0.3)

@@ -154,7 +154,7 @@ def hardware(device: str) -> str:
 
 CASE_COLUMNS = ("inference", *evaluation.COLUMNS)
 RUN_COLUMNS = (
-    *("run", "dataset", "labeled", "trainer", "epochs", "steps", "seed", "fold", "configuration", "plans"),
+    *("run", "dataset", "labeled", "trainer", "epochs", "steps", "resumed", "seed", "fold", "configuration", "plans"),
     *("inference", "postprocessing", *METRICS, "failures"),
     *(
         "seconds_per_step",

@@ -6,6 +6,7 @@ Started by ``run.py`` as ``python -m nnunetv2_semisup.benchmark.worker JOB``. St
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 from nnunetv2_semisup.benchmark import records
 from nnunetv2_semisup.benchmark.grid import Run
 from nnunetv2_semisup.benchmark.records import WorkFolder
-from nnunetv2_semisup.data.folders import labelled_identifiers, read_dataset_json
+from nnunetv2_semisup.data.folders import RAW_FOLDER, labelled_cases, labelled_identifiers, read_dataset_json
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.files import read_object, whole_file
 
@@ -65,8 +66,9 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
     set_threads(device, threads)
     record = work.read(run)
     if record is None:
-        begun = begin(run, work, plans, device, model / f"fold_{run.fold}")
         dataset_json = read_dataset_json(raw)
+        same = {"plans": plans, "data": data_digest(raw, dataset_json), "device": device}
+        begun = begin(run, work, {**same, "versions": records.versions()}, model / f"fold_{run.fold}")
         record = {
             "format": records.FORMAT,
             "run": run.id,
@@ -75,7 +77,7 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
             "started": begun["started"],
             "resumed": begun["resumed"],
             "device": device,
-            "hardware": records.hardware(device),
+            "hardware": "; ".join(begun["hardware"]),
             "commit": "; ".join(filter(None, begun["commits"])),
             "versions": begun["versions"],
             **train(run, device, work.checkpoint(run)),
@@ -93,15 +95,24 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
     work.failure(run).unlink(missing_ok=True)
 
 
-def begin(run: Run, work: WorkFolder, plans: dict, device: str, fold_folder: Path) -> dict:
-    """Note that a training begins, or goes on: with its checkpoint and the same plans, device and packages.
+def data_digest(raw: Path, dataset_json: dict) -> str:
+    """The same for the same data set: names and sizes of labelled and unlabelled images and of labels."""
+    files = [
+        Path(file) for case in labelled_cases(raw, dataset_json).values() for file in (*case["images"], case["label"])
+    ]
+    files += sorted((raw / RAW_FOLDER).glob("*"))
+    sizes = [(str(file), file.stat().st_size if file.is_file() else None) for file in files]
+    return hashlib.sha256(json.dumps([dataset_json, sizes], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def begin(run: Run, work: WorkFolder, same: dict, fold_folder: Path) -> dict:
+    """Note that a training begins; or goes on, with its checkpoint and if what must not change is ``same``.
 
     Returns:
-        ``started``, ``resumed`` (how many times), ``commits`` (of all attempts), ``versions``, ``plans``, ``device``.
+        ``started``, ``resumed`` (how many times), ``commits`` and ``hardware`` (of all attempts), and ``same``.
     """
     checkpoint, note = work.checkpoint(run), work.unfinished(run) / "begun.json"
-    same = {"plans": plans, "device": device, "versions": records.versions()}
-    begun: dict[str, Any] = {"started": now(), "resumed": 0, "commits": [], **same}
+    begun: dict[str, Any] = {"started": now(), "resumed": 0, "commits": [], "hardware": [], **same}
     if checkpoint.is_file():
         before = read_object(note, f"remove {note.parent}, and the training starts again", *begun)
         changed = [key for key in same if before[key] != same[key]]
@@ -116,6 +127,7 @@ def begin(run: Run, work: WorkFolder, plans: dict, device: str, fold_folder: Pat
         _remove(fold_folder)
         checkpoint.unlink(missing_ok=True)
     begun["commits"] = list(dict.fromkeys([*begun["commits"], records.commit()]))
+    begun["hardware"] = list(dict.fromkeys([*begun["hardware"], records.hardware(same["device"])]))
     records.write(note, begun)
     return begun
 

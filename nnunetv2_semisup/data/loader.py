@@ -9,6 +9,8 @@ from typing import Any
 
 import blosc2
 import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
@@ -25,26 +27,29 @@ GEOMETRIC = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, M
 
 
 class UnlabeledDataset(nnUNetDatasetBlosc2):
-    """Cases of the unlabelled folder. Where nnU-Net has a segmentation, these have the nonzero mask (0 in, -1 out)."""
+    """Cases of the unlabelled folder. Where nnU-Net has a segmentation, these have the nonzero mask (0 in, -1 out).
 
-    def __init__(self, folder: Path | str, identifiers: list[str] | None = None):
+    Args:
+        folder: of the preprocessed cases.
+        identifiers: of the cases to use; None for all.
+        masks: False where no transform needs them; then they are not opened.
+    """
+
+    def __init__(self, folder: Path | str, identifiers: list[str] | None = None, masks: bool = True):
         super().__init__(str(folder), None if identifiers is None else list(identifiers))
+        self.masks = masks
 
     def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
-        """Image (C, X, Y, Z) and mask (1, X, Y, Z) on disk, no previous stage, no class locations.
+        """Image (C, X, Y, Z) and mask (1, X, Y, Z) or None, both on disk; no previous stage, no class locations.
 
         The properties file is not opened: nothing in it is needed, and a pickle from elsewhere could run code.
         """
-        image, mask = (
-            blosc2.open(
-                urlpath=os.path.join(self.source_folder, f"{identifier}{suffix}"),
-                mode="r",
-                dparams={"nthreads": 1},
-                **self.mmap_kwargs,
-            )
-            for suffix in (".b2nd", "_seg.b2nd")
-        )
-        return image, mask, None, {"class_locations": None}
+        mask = self._open(f"{identifier}_seg.b2nd") if self.masks else None
+        return self._open(f"{identifier}.b2nd"), mask, None, {"class_locations": None}
+
+    def _open(self, name: str) -> Any:
+        file = os.path.join(self.source_folder, name)
+        return blosc2.open(urlpath=file, mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs)
 
 
 class UnlabeledDataLoader(nnUNetDataLoader):
@@ -56,7 +61,7 @@ class UnlabeledDataLoader(nnUNetDataLoader):
         patch_size: voxels per axis read from the case, 2 or 3 entries.
         final_patch_size: voxels per axis after ``transforms``.
         label_manager: nnU-Net's; it decides nothing here.
-        transforms: applied to image and mask together; see :func:`geometric_part`.
+        transforms: applied to the image, and to the mask if ``data`` has masks; see :func:`geometric_part`.
     """
 
     def __init__(
@@ -81,8 +86,19 @@ class UnlabeledDataLoader(nnUNetDataLoader):
 
     def generate_train_batch(self) -> dict[str, Any]:
         """Returns: ``data`` (B, C, X, Y, Z) float32 (2D drops Z) and ``keys``, the case of each patch."""
-        batch = super().generate_train_batch()
-        return {"data": batch["data"], "keys": batch["keys"]}
+        cases = self.get_indices()
+        return {"data": torch.stack([self._patch(case) for case in cases]), "keys": cases}
+
+    def _patch(self, case: str) -> Tensor:
+        """The patch that nnU-Net's own loader would make from the same random numbers, without a target."""
+        image, mask, _, _ = self._data.load_case(case)
+        box = [list(ends) for ends in zip(*self.get_bbox(image.shape[1:], False, None), strict=True)]
+        sample = {"image": torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()}
+        if mask is not None:
+            sample["segmentation"] = torch.from_numpy(crop_and_pad_nd(mask, box, -1)).to(torch.int16)
+        if self.patch_size_was_2d:
+            sample = {key: value[:, 0] for key, value in sample.items()}
+        return (sample if self.transforms is None else self.transforms(**sample))["image"]
 
 
 def geometric_part(transforms: ComposeTransforms) -> ComposeTransforms:

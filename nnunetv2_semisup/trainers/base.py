@@ -252,7 +252,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
     def _unlabeled_dataset(self) -> loader.UnlabeledDataset:
         identifier = self.configuration_manager.data_identifier
         folder = folders.unlabeled_folder(self.preprocessed_dataset_folder_base, identifier)
-        return loader.UnlabeledDataset(folder, self.unlabeled_cases)
+        return loader.UnlabeledDataset(folder, self.unlabeled_cases, any(self.configuration_manager.use_mask_for_norm))
 
     def _unlabeled_batch_size(self) -> int:
         """Unlabelled patches per step and process."""
@@ -327,8 +327,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         """Say now what would run out of memory hours later, when the terms or a later stage begin."""
         if self.device.type == "cuda" and not is_distributed():
             manager, available = self.plans_manager, torch.cuda.get_device_properties(self.device).total_memory
-            what = manager.dataset_name, self.configuration_name, manager.plans_name, self.__class__.__name__
-            if warning := rehearsal.memory_warning(*what, available):
+            what = f"-d {manager.dataset_name} -p {manager.plans_name}"
+            if warning := rehearsal.memory_warning(self, available, what):
                 self.print_to_log_file(warning)
 
     def _begin_output(self) -> None:
@@ -569,9 +569,11 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         checkpoints.write(stock, ours, filename)
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        if not self.was_initialized:
-            self.initialize()
         ours = checkpoints.read_own_part(filename_or_checkpoint, self.base_name(), self.num_epochs)
+        if not self.was_initialized:
+            if "start" not in ours:  # version 0.1.0 had numbers where null follows the patch since
+                self.settings = settings_module.with_numbers_of(self.settings, ours["settings"])
+            self.initialize()
         changed = checkpoints.changed_settings(settings_module.as_json(self.settings), ours["settings"])
         was_started = self._start.started
         try:

@@ -156,8 +156,8 @@ def _named(function: Callable, module: str) -> Callable:
 
 
 def changed_settings(now: dict[str, Any], before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> (value now, value in the checkpoint) where they differ; a setting that is new is None there."""
-    return {key: (value, before.get(key)) for key, value in now.items() if value != before.get(key)}
+    """Key -> (value now, value in the checkpoint) where they differ; settings that it does not have are left out."""
+    return {key: (value, before[key]) for key, value in now.items() if key in before and value != before[key]}
 
 
 def set_aside(folder: Path, *patterns: str) -> list[tuple[Path, Path]]:

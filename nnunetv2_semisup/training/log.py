@@ -131,13 +131,15 @@ class TrainingLog:
 
     def _marks(self) -> list[tuple[float, str]]:
         """Epochs with which something begins after the first one, and what."""
-        marks = {}
+        marks: dict[float, list[str]] = defaultdict(list)
         for before, row in zip(self.rows, self.rows[1:], strict=False):
-            if before.get("ramp", 0) == 0 < row.get("ramp", 0):
-                marks[row["epoch"]] = "the method's terms start"
-            if before.get("stage", 1) < row.get("stage", 1):
-                marks[row["epoch"]] = f"stage {row['stage']:g}"
-        return list(marks.items())
+            if not {"ramp", "stage"} <= before.keys() & row.keys():  # version 0.1.0 wrote neither
+                continue
+            if before["ramp"] == 0 < row["ramp"]:
+                marks[row["epoch"]].append("the method's terms start")
+            if before["stage"] < row["stage"]:
+                marks[row["epoch"]].append(f"stage {row['stage']:g}")
+        return [(epoch, ", ".join(texts)) for epoch, texts in marks.items()]
 
 
 def _draw_lines(axis: Any, epochs: list[float], lines: Lines, may_be_log: bool) -> None:

@@ -33,10 +33,24 @@ ROOM = 1.5  # GiB beside the live tensors that a GPU should have
 
 
 def build(dataset: str, configuration: str, plans: str, name: str, device: str) -> nnUNetTrainer:
-    """A trainer ready for :func:`step`; the log that its constructor writes goes to a folder that is removed."""
+    """The trainer that nnU-Net finds under ``name``, ready for :func:`step`."""
+    return _prepared(
+        lambda: get_trainer_from_args(dataset, configuration, "all", name, plans, device=torch.device(device))
+    )
+
+
+def twin(trainer: nnUNetTrainer) -> nnUNetTrainer:
+    """Another trainer of the same class and plans, on the CPU, ready for :func:`step`."""
+    arguments = trainer.my_init_kwargs
+    plans = {**arguments["plans"], "continue_training": False}  # nnU-Net hands it over there and takes it out
+    return _prepared(lambda: type(trainer)(**{**arguments, "plans": plans, "device": torch.device("cpu")}))
+
+
+def _prepared(make: Callable[[], nnUNetTrainer]) -> nnUNetTrainer:
+    """What ``make`` makes, initialised; the log that its constructor writes goes to a folder that is removed."""
     quiet = {"nnUNet_wandb_enabled": "0"}  # the training that asks may be logging to W&B in this process
     with tempfile.TemporaryDirectory() as folder, environment(nnUNet_results=folder, **quiet), _silent():
-        trainer = get_trainer_from_args(dataset, configuration, "all", name, plans, device=torch.device(device))
+        trainer = make()
         trainer.initialize()
     trainer.print_to_log_file = lambda *arguments, **options: None
     trainer.network.train()
@@ -84,22 +98,19 @@ def step(trainer: nnUNetTrainer, batch: dict, point: float) -> None:
     trainer.train_step(batch)
 
 
-def peak_gib(dataset: str, configuration: str, plans: str, name: str) -> float:
-    """GiB of live tensors, the most at any moment of a step in any part of the training; see :func:`count`."""
-    return count(build(dataset, configuration, plans, name, "cpu"), operations=False)[1]
-
-
-def memory_warning(dataset: str, configuration: str, plans: str, name: str, available: int) -> str | None:
+def memory_warning(trainer: nnUNetTrainer, available: int, what: str) -> str | None:
     """What to do where the largest step of a training would not fit, or why that is not known; None if it fits.
 
     Args:
-        dataset, configuration, plans, name: of the training.
+        trainer: of the training; another one like it is counted, so nothing happens to it.
         available: bytes of memory of the GPU.
+        what: options of ``nnUNetv2_semisup_plans`` that name data set and plans.
     """
+    name = type(trainer).__name__
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            gib = peak_gib(dataset, configuration, plans, name)
+            gib = count(twin(trainer), operations=False)[1]
     except Exception as error:  # whatever it is: a forecast must not end the training that it is made for
         return f"WARNING: whether {name} fits this GPU could not be counted ({type(error).__name__}: {error})"
     finally:
@@ -111,7 +122,7 @@ def memory_warning(dataset: str, configuration: str, plans: str, name: str, avai
         f"WARNING: the largest step of {name} holds {gib:.1f} GiB of tensors, and about {ROOM} GiB come on top; this "
         f"GPU has {available / 2**30:.1f} GiB. Training begins as stock nnU-Net, which needs less, and may run out of "
         "memory when the method's terms or a later stage begin. Smaller plans: nnUNetv2_semisup_plans "
-        f"-d {dataset} -p {plans} -o smaller with --patch_size or --batch_size; or a trainer that needs less: "
+        f"{what} -o smaller with --patch_size or --batch_size; or a trainer that needs less: "
         "nnUNetv2_semisup_trainers --list"
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_semisup import cli
+from nnunetv2_semisup import cli, discovery
 from nnunetv2_semisup.benchmark import counted, records, speed
 from nnunetv2_semisup.training import rehearsal
 
@@ -52,20 +52,36 @@ def test_command(tiny, tmp_path, capsys):
 
 
 def test_a_training_that_will_not_fit_is_named_before_it_starts(tiny):
-    arguments = tiny.name, "3d_fullres", "nnUNetPlans", "nnUNetTrainerCrossMatch"
+    trainer = tiny.trainer("nnUNetTrainerCrossMatch", "3d_fullres")
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    gib = rehearsal.peak_gib(*arguments)
+    gib = rehearsal.count(rehearsal.twin(trainer), operations=False)[1]
     torch.manual_seed(3)
     states = random.getstate(), np.random.get_state()[1].tolist()
-    assert rehearsal.memory_warning(*arguments, int((gib + 1.6) * 2**30)) is None
-    warning = rehearsal.memory_warning(*arguments, int((gib + 1.4) * 2**30))
-    assert "nnUNetTrainerCrossMatch" in warning and "this GPU has 1.4 GiB" in warning and "--patch_size" in warning
+    assert rehearsal.memory_warning(trainer, int((gib + 1.6) * 2**30), "-d 901 -p a") is None
+    warning = rehearsal.memory_warning(trainer, int((gib + 1.4) * 2**30), "-d 901 -p a")
+    assert "nnUNetTrainerCrossMatch" in warning and "this GPU has 1.4 GiB" in warning
+    assert "nnUNetv2_semisup_plans -d 901 -p a -o smaller with --patch_size" in warning
     assert torch.rand(1) == expected, "the training's random numbers are left alone"
     assert states == (random.getstate(), np.random.get_state()[1].tolist())
 
 
+class nnUNetTrainerOfAUser(discovery.trainers()["nnUNetTrainerMeanTeacher"]):
+    """In no folder that nnU-Net searches."""
+
+
+def test_a_trainer_that_nnunet_would_not_find_is_counted_all_the_same(tiny):
+    found = tiny.trainer("nnUNetTrainerMeanTeacher", "2d")
+    plans = {**found.my_init_kwargs["plans"], "continue_training": False}
+    own = nnUNetTrainerOfAUser(**{**found.my_init_kwargs, "plans": plans})
+    a, b = (rehearsal.count(rehearsal.twin(trainer), operations=False)[1] for trainer in (found, own))
+    assert a == b
+    assert "holds" in rehearsal.memory_warning(own, 2**20, "-d 901 -p a")
+
+
 def test_what_cannot_be_counted_ends_no_training(tiny):
-    warning = rehearsal.memory_warning("Dataset001_Missing", "2d", "nnUNetPlans", "nnUNetTrainerCrossMatch", 2**30)
+    trainer = tiny.trainer("nnUNetTrainerCrossMatch", "2d")
+    trainer.my_init_kwargs = {}
+    warning = rehearsal.memory_warning(trainer, 2**30, "-d 901 -p a")
     assert warning.startswith("WARNING: whether nnUNetTrainerCrossMatch fits")

@@ -101,6 +101,21 @@ def test_other_plans_start_anew(interrupt, work, benchmark_data, capsys):
     assert "plans changed since the training began: it starts again" in capsys.readouterr().out
 
 
+def test_other_data_start_anew(interrupt, work, benchmark_data, capsys):
+    one = make_run(dataset="Dataset901_Tiny", plans="nnUNetPlans", epochs=2)
+    interrupt(STEPS + 1)
+    start(one, work, complete=False)
+    label = sorted((benchmark_data.root / "raw" / benchmark_data.name / "labelsTr").iterdir())[0]
+    content = label.read_bytes()
+    label.write_bytes(content + b"x")
+    try:
+        epochs = interrupt(0)
+        assert start(one, work)["resumed"] == 0 and epochs == [0, 0, 1, 1]
+    finally:
+        label.write_bytes(content)
+    assert "data changed since the training began: it starts again" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerMeanTeacher"])
 def test_a_damaged_checkpoint_is_named(interrupt, work, trainer):
     one = make_run(dataset="Dataset901_Tiny", plans="nnUNetPlans", epochs=2, trainer=trainer)

@@ -137,6 +137,24 @@ def test_patches_reach_over_the_border_as_in_stock(dataset, positions):
     assert (starts.min(0) == -1).all() and (starts.max(0) == np.array(SHAPE) + 1 - (8, 7, 6)).all()
 
 
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("patch_size", [(12, 10, 8), (10, 8)], ids=["3d", "2d"])
+def test_patches_are_what_stocks_loader_makes(dataset, indicator, patch_size, masks):
+    """From the same random numbers, also where masks are left out since no transform reads them."""
+    transforms = stock_transforms(patch_size, p=0.5).transforms
+    kept = [t for t in transforms if masks or not isinstance(t, MaskImageTransform)]
+    geometric = geometric_part(ComposeTransforms(kept))
+    larger = tuple(n + 4 for n in patch_size)
+    data = UnlabeledDataset(indicator.source_folder, masks=masks)
+    batches = []
+    for cls, cases in ((UnlabeledDataLoader, data), (nnUNetDataLoader, indicator)):
+        np.random.seed(0)
+        torch.manual_seed(0)
+        batches.append(next(cls(cases, 6, larger, patch_size, label_manager(dataset), transforms=geometric)))
+    assert torch.equal(batches[0]["data"], batches[1]["data"])
+    assert list(batches[0]["keys"]) == list(batches[1]["keys"])
+
+
 def test_ignore_label_does_not_steer_patches(dataset, positions):
     manager = label_manager(dataset, ignore=True)
     assert manager.has_ignore_label

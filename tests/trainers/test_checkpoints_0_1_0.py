@@ -53,6 +53,30 @@ def test_mean_teacher(resume):
     step(trainer)
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("nnUNetTrainerSimCVD", {"proj_pool": 24}), ("nnUNetTrainerACTIONPlusPlus", {"voxel_queue_size": 100})],
+)
+def test_what_follows_the_patch_today_keeps_its_number(tiny, tmp_path, capsys, name, number):
+    file = str(tmp_path / "checkpoint_latest.pth")
+    first = tiny.trainer(name, "2d", **number)
+    first.initialize()
+    first.save_checkpoint(file)
+    content = torch.load(file, weights_only=False)
+    for key in ("start", "stage", "picture_slices"):
+        content["semisup"].pop(key)
+    del content["semisup"]["settings"]["pictures"]
+    torch.save(content, file)
+    again = tiny.trainer(name, "2d", resume=True)
+    (key,) = number
+    assert getattr(again.settings, key) is None
+    capsys.readouterr()
+    again.load_checkpoint(file)
+    assert getattr(again.settings, key) == number[key]
+    assert_equal(state(again.method), state(first.method))
+    assert "WARNING: setting" not in capsys.readouterr().out, "a new setting has not changed"
+
+
 def test_action_goes_on_in_stage_two_and_enters_stage_three(resume, tmp_path):
     trainer, saved = resume("nnUNetTrainerACTION")
     ours, teacher = saved["semisup"], trainer.method.teacher.module

@@ -112,6 +112,16 @@ def test_dice_weighted_terms_start_and_stages_are_shown(tmp_path, figures, epoch
     assert markers == ({"."} if epochs == 10 else {""}), "a thousand markers would hide the line"
 
 
+def test_marks_of_a_resumed_run_and_of_one_epoch(tmp_path, figures):
+    log = TrainingLog()
+    old = [{"epoch": 0, "loss_a": 1.0}, {"epoch": 1, "loss_a": 1.0}]  # version 0.1.0 wrote neither ramp nor stage
+    new = [(2, 0.5, 2), (3, 0.0, 2), (4, 0.5, 3)]
+    log.rows = [*old, *({"epoch": epoch, "loss_a": 1.0, "ramp": ramp, "stage": stage} for epoch, ramp, stage in new)]
+    log.draw(tmp_path / "p.png")
+    texts = {text.get_text().strip(): text.xy[0] for text in figures[0].axes[0].texts}
+    assert texts == {"the method's terms start, stage 3": 4}, "nothing began where the run was resumed"
+
+
 def test_rows_of_an_older_version_are_drawn(tmp_path):
     log = TrainingLog()
     log.rows = [{"epoch": 0, "loss_a": 1.0}, {"epoch": 1, "loss_a": 2.0, "weight_b": 1.0}]
