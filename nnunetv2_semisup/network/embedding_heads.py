@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nnunetv2_semisup.memory.sampling import rows_at
 
-ROWS_AT_ONCE = 65536  # of the grid, where all of them are needed
+ROWS_AT_ONCE = 16384  # of the grid, where all of them are needed
 
 
 def mlp(in_features: int, hidden_features: int, out_features: int, relu: bool) -> nn.Sequential:
@@ -51,18 +51,6 @@ def windows(cells: Tensor) -> Tensor:
     return cells.flatten(1, dims).flatten(2)
 
 
-class GridFeatures(NamedTuple):
-    """Decoder features at the N = B * x * y * z voxels of the grid.
-
-    Attributes:
-        narrow: (N, C) the levels with at most F channels, side by side.
-        wide: (N, F) the sum of the other levels, each projected; None without such levels.
-    """
-
-    narrow: Tensor
-    wide: Tensor | None
-
-
 class RepresentationHead(nn.Module):
     """An embedding per voxel of the grid of the second highest decoder level, from all decoder levels.
 
@@ -94,44 +82,58 @@ class RepresentationHead(nn.Module):
         thin: tuple[Any, ...] = (..., *(slice(None, None, step) for step in self.step))
         return full[thin]
 
-    def on_grid(self, maps: list[Tensor]) -> GridFeatures:
-        """What the layers per voxel start from; nothing as large as the grid is kept for the backward pass.
-
-        Args:
-            maps: decoder levels (B, C, X, Y, Z), the highest one first and already thinned.
-        """
-        grid = maps[0].shape[2:]
-        narrow = [_resize(m, grid) for m, wide in zip(maps, self.is_wide, strict=True) if not wide]
-        wide = [m for m, wide in zip(maps, self.is_wide, strict=True) if wide]
-        projected = [layer(m.movedim(1, -1)).movedim(-1, 1) for layer, m in zip(self.wide, wide, strict=True)]
-        total = sum(_resize(m, grid) for m in projected)
-        return GridFeatures(_rows(torch.cat(narrow, 1)), _rows(total) if isinstance(total, Tensor) else None)
-
     @torch.no_grad()
-    def class_means(self, features: GridFeatures, members: Tensor) -> Tensor:
-        """(K, F) float32 mean embedding of the voxels of each class; ``members`` (K, B * x * y * z) bool.
+    def class_means(self, maps: list[Tensor], members: Tensor) -> Tensor:
+        """Mean embedding of the voxels of each class, (K, F) float32.
 
         Without gradient: it needs every voxel. The last layer is linear, so it is applied to the means.
+
+        Args:
+            maps: decoder levels (B, C, X, Y, Z), the highest one first and already thinned, so on the grid.
+            members: (K, B * x * y * z) bool.
         """
-        narrow, wide = features.narrow.detach(), None if features.wide is None else features.wide.detach()
+        grid = maps[0].shape[2:]
+        narrow, wide = self._by_width(maps)
+        rows = _rows(torch.cat([_resize(m, grid) for m in narrow], 1))
+        projected = [_rows(_resize(_over_channels(layer, m), grid)) for layer, m in zip(self.wide, wide, strict=True)]
         sums = torch.zeros(len(members), self.narrow.out_features, device=members.device)
-        for start in range(0, members.shape[1], ROWS_AT_ONCE):
+        for start in range(0, len(rows), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            hidden = self.narrow(narrow[part])
-            if wide is not None:
-                hidden += wide[part]
+            hidden = self.narrow(rows[part])
+            for more in projected:
+                hidden += more[part]
             with torch.autocast(hidden.device.type, enabled=False):
                 sums += members[:, part].float() @ torch.relu_(hidden).float()
         with torch.autocast(sums.device.type, enabled=False):
             return self.last(sums / members.sum(1, keepdim=True).clamp(min=1))
 
-    def rows(self, features: GridFeatures, positions: Tensor) -> Tensor:
-        """(*positions.shape, F) float32 embeddings at ``positions`` int64 in [0, B * x * y * z)."""
-        with torch.autocast(features.narrow.device.type, enabled=False):
-            hidden = self.narrow(rows_at(features.narrow, positions).float())
-            if features.wide is not None:
-                hidden = hidden + rows_at(features.wide, positions).float()
-            return self.last(torch.relu(hidden))
+    def rows(self, maps: list[Tensor], positions: Tensor) -> Tensor:
+        """(*positions.shape, F) float32 embeddings at ``positions`` int64 in [0, B * x * y * z) of the grid.
+
+        Levels are interpolated there alone: with few positions that costs next to nothing, also in the backward pass.
+
+        Args:
+            maps: as for :meth:`class_means`.
+            positions: int64 of any shape.
+        """
+        grid = maps[0].shape[2:]
+        with torch.autocast(positions.device.type, enabled=False):
+            narrow, wide = (
+                [_rows_between(m, grid, positions.flatten()) for m in part] for part in self._by_width(maps)
+            )
+            hidden = self.narrow(torch.cat(narrow, 1))
+            for layer, level in zip(self.wide, wide, strict=True):
+                hidden = hidden + layer(level)
+            return self.last(torch.relu(hidden)).reshape(*positions.shape, -1)
+
+    def _by_width(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = list(zip(maps, self.is_wide, strict=True))
+        return [m for m, wide in pairs if not wide], [m for m, wide in pairs if wide]
+
+
+def _over_channels(layer: nn.Module, maps: Tensor) -> Tensor:
+    """``layer`` of every voxel of (B, C, X, Y, Z)."""
+    return layer(maps.movedim(1, -1)).movedim(-1, 1)
 
 
 def _rows(maps: Tensor) -> Tensor:
@@ -144,3 +146,19 @@ def _resize(maps: Tensor, grid: Sequence[int]) -> Tensor:
     if maps.shape[2:] == grid:
         return maps
     return F.interpolate(maps, grid, mode="trilinear" if maps.ndim == 5 else "bilinear", align_corners=False)
+
+
+def _rows_between(maps: Tensor, grid: Sequence[int], positions: Tensor) -> Tensor:
+    """(N, C) float32: what :func:`_resize` gives at ``positions`` (N,), of (B, C, X, Y, Z)."""
+    corners: list[tuple[Any, Any]] = [(0, 1.0)]  # place in a row of voxels, and weight
+    rest, stride = positions, 1
+    for coarse, fine in zip(maps.shape[:1:-1], grid[::-1], strict=True):  # the last axis first
+        place = (((rest % fine) + 0.5) * (coarse / fine) - 0.5).clamp(min=0)
+        low = place.long().clamp(max=coarse - 1)
+        share = place - low
+        ends = [(low, 1 - share)] if coarse == fine else [(low, 1 - share), ((low + 1).clamp(max=coarse - 1), share)]
+        corners = [(at + stride * end, weight * part) for at, weight in corners for end, part in ends]
+        rest, stride = rest // fine, stride * coarse
+    places = torch.stack([at + stride * rest for at, _ in corners])  # the rest is the patch
+    weights = torch.stack([weight for _, weight in corners])
+    return (rows_at(_rows(maps), places).float() * weights[..., None]).sum(0)

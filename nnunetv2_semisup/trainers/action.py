@@ -24,7 +24,6 @@ from nnunetv2_semisup.memory.queue import Queue, random_unit_rows
 from nnunetv2_semisup.memory.sampling import sample_size
 from nnunetv2_semisup.network import taps
 from nnunetv2_semisup.network.embedding_heads import (
-    GridFeatures,
     RepresentationHead,
     coarse_means,
     mlp,
@@ -135,12 +134,12 @@ class Voxels(NamedTuple):
     """The voxels of labelled and mixed patches, in this order (B in all), on the grid of the second decoder level.
 
     Attributes:
-        features: what the representation head works on, carries the gradient.
+        maps: of the decoder levels, what the representation head works on; carry the gradient.
         members: (K, B * x * y * z) bool, voxels of each class; voxels without label or confidence are in none.
         hard: the same shape, those that the student gives to their class with less than hard_threshold.
     """
 
-    features: GridFeatures
+    maps: list[Tensor]
     members: Tensor
     hard: Tensor
 
@@ -338,7 +337,9 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
             self.note_pseudo_labels(label.label > 0 if regions else label.label[:, 0])
             mixed, label = self._mixed(images, label)
             mixed = self._strong_view(mixed)
-            labelled_classes = class_indices(labelled["target"], regions, self.task.ignore_label)
+            labelled_classes = self.representation.thin(
+                class_indices(labelled["target"], regions, self.task.ignore_label)
+            )
             reference = self._reference(labelled["data"], labelled_classes)  # before the student's graphs fill memory
         output, levels = taps.decode_levels(network, taps.encode(network, labelled["data"]))
         mixed_output, mixed_levels = taps.decode_levels(network, taps.encode(network, mixed), deep_supervision=False)
@@ -351,8 +352,9 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
             self.diagnostics["share_confident"] = confident.mean()
         contrasted = {k: w for k, w in self.stage_weights(3).items() if w > 0 and k != "pseudo_label"}
         if contrasted:
-            logits = torch.cat((taps.full_resolution(output), mixed_logits)).detach()
-            classes = torch.cat((labelled_classes, self._pseudo_classes(label)))
+            thin = self.representation.thin
+            logits = torch.cat((thin(taps.full_resolution(output)), thin(mixed_logits))).detach()
+            classes = torch.cat((labelled_classes, thin(self._pseudo_classes(label))))
             voxels = self._voxels(levels, mixed_levels, classes, logits)
             values = self._contrasts(voxels, reference, contrasted, progress)
             terms |= {name: (contrasted[name], value) for name, value in values.items()}
@@ -385,22 +387,21 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         return torch.where(known & (self.head_weights[classes.clamp(min=0)] > 0), classes, -1)
 
     def _voxels(self, levels: list[Tensor], mixed_levels: list[Tensor], classes: Tensor, logits: Tensor) -> Voxels:
-        """Everything on the grid of the second decoder level; ``classes`` and ``logits`` of both streams come whole."""
+        """Of both streams; ``classes`` (B, x, y, z) and ``logits`` are on the grid of the second decoder level."""
         head = self.representation
         maps = [torch.cat(pair) for pair in zip(thinned(head, levels), thinned(head, mixed_levels), strict=True)]
-        classes, members = head.thin(classes), self._members(classes)
-        p = class_probabilities(probabilities(head.thin(logits), self.task.has_regions), self.task.has_regions)
+        members = self._members(classes)
+        p = class_probabilities(probabilities(logits, self.task.has_regions), self.task.has_regions)
         own = p.gather(1, classes.clamp(min=0)[:, None])[:, 0]
         hard = members & (own < self.settings.hard_threshold).flatten()
-        return Voxels(head.on_grid(maps), members, hard)
+        return Voxels(maps, members, hard)
 
     def _members(self, classes: Tensor) -> Tensor:
-        """(K, B * x * y * z) bool: the voxels of each class on the grid, of full-resolution (B, X, Y, Z) classes."""
-        thin = self.representation.thin(classes).flatten()
-        return thin == torch.arange(self.classes, device=thin.device)[:, None]
+        """(K, B * x * y * z) bool: the voxels of each class, of (B, x, y, z) classes on the grid."""
+        return classes.flatten() == torch.arange(self.classes, device=classes.device)[:, None]
 
     def _reference(self, images: Tensor, classes: Tensor):
-        """What :meth:`_contrasts` needs of the teacher on the labelled patches with these (B, X, Y, Z) classes."""
+        """What :meth:`_contrasts` needs of the teacher on the labelled patches; (B, x, y, z) classes on the grid."""
         return None
 
     def _contrasts(self, voxels: Voxels, reference, names: dict[str, float], progress: float) -> dict[str, Tensor]:
@@ -421,9 +422,9 @@ class ACTION(SemiSupMethod[ACTIONSettings]):
         chosen, has_queries = draw_voxels(voxels.hard, number)
         with torch.no_grad():
             pool, present = draw_voxels(voxels.members, CANDIDATES * number)
-            candidates = head.rows(voxels.features, pool)
-            means = head.class_means(voxels.features, voxels.members)
-        queries = head.rows(voxels.features, chosen)
+            candidates = head.rows(voxels.maps, pool)
+            means = head.class_means(voxels.maps, voxels.members)
+        queries = head.rows(voxels.maps, chosen)
         self.diagnostics["share_hard"] = voxels.hard.sum() / voxels.members.sum().clamp(min=1)
         self.diagnostics["share_of_classes_present"] = present.float().mean()
         tau, tau_classes = self.contrast_temperature(progress), self.classes_temperature(progress)

@@ -147,7 +147,7 @@ class ACTIONPlusPlus(ACTION):
         positions, present = draw_voxels(members, sample_size(self.settings.voxels, QUERIES, members.shape[1], ONE_IN))
         head = self.teacher_representation.module
         _, levels = taps.decode_levels(self.teacher.module, taps.encode(self.teacher.module, images))
-        rows = head.rows(head.on_grid(thinned(head, levels)), positions)
+        rows = head.rows(thinned(head, levels), positions)
         return Reference(positions, present, F.normalize(rows, dim=2))
 
     def _contrasts(
@@ -162,7 +162,7 @@ class ACTIONPlusPlus(ACTION):
     def _adaptive_contrast(self, voxels: Voxels, reference: Reference, temperature: float) -> Tensor:
         """Voxels of the labelled patches: teacher embeddings of the same class and the class's centre attract."""
         positions, present, teacher = reference
-        student = self.representation.rows(voxels.features, positions)  # labelled patches come first there
+        student = self.representation.rows(voxels.maps, positions)  # labelled patches come first there
         classes = torch.arange(self.classes, device=present.device)
         labels = torch.where(present, classes, -1)[:, None].expand(positions.shape)
         self._contrasted = (F.normalize(student.detach(), dim=2).sum(1) * present[:, None], present, teacher, labels)

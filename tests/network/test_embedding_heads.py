@@ -14,6 +14,8 @@ from nnunetv2_semisup.network.embedding_heads import (
     windows,
 )
 
+LAST = {2: torch.channels_last, 3: torch.channels_last_3d}  # by number of axes
+
 
 def sliding_windows(logits, edge):
     """Every window of ``edge`` voxels, half a window apart, pooled to 4 cells per axis: (B, P, C * 64)."""
@@ -71,7 +73,7 @@ def test_representation_head_is_interpolate_concatenate_then_a_layer_per_voxel(c
     """Levels wider than the embedding are projected before the interpolation, which changes nothing."""
     head = RepresentationHead(channels, step, 8)
     full = tuple(8 * s for s in step)
-    maps = [torch.randn(2, width, *(size // s**i for size, s in zip(full, step, strict=True)))
+    maps = [torch.randn(2, width, *(size // s**i for size, s in zip(full, step, strict=True)), requires_grad=True)
             for i, width in enumerate(channels)]  # fmt: skip
     thinned = [head.thin(maps[0]), *maps[1:]]
     grid = maps[1].shape[2:]
@@ -83,11 +85,15 @@ def test_representation_head_is_interpolate_concatenate_then_a_layer_per_voxel(c
     weight = torch.cat([head.narrow.weight, *(layer.weight for layer in head.wide)], 1)
     rows = torch.cat(narrow + wide, 1).movedim(1, -1).flatten(0, -2)
     expected = head.last(torch.relu(rows @ weight.T + head.narrow.bias))
-    features = head.on_grid(thinned)
-    torch.testing.assert_close(head.rows(features, torch.arange(len(rows))), expected, rtol=1e-4, atol=1e-5)
+    for maps_of_all_layouts in (thinned, [m.contiguous(memory_format=LAST[len(step)]) for m in thinned]):
+        found = head.rows(maps_of_all_layouts, torch.arange(len(rows)))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        gradients = (torch.autograd.grad((x**2).sum(), maps, retain_graph=True) for x in (found, expected))
+        for mine, plain in zip(*gradients, strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-4)
     members = torch.rand(3, len(rows)) < 0.3
     members[2] = False
-    means = head.class_means(features, members)
+    means = head.class_means(thinned, members)
     torch.testing.assert_close(means[0], expected[members[0]].mean(0), rtol=1e-4, atol=1e-5)
     assert torch.isfinite(means).all()
 

@@ -99,7 +99,7 @@ def test_adaptive_contrast_sees_labelled_voxels_of_teacher_and_student(kind, ign
 
     def embeddings(net, head):
         _, levels = taps.decode_levels(net, taps.encode(net, batch["data"]))
-        return head.rows(head.on_grid([head.thin(levels[0]), *levels[1:]]), positions).flatten(0, 1)
+        return head.rows([head.thin(levels[0]), *levels[1:]], positions).flatten(0, 1)
 
     with torch.no_grad():
         torch.testing.assert_close(student, embeddings(network, method.representation), rtol=1e-3, atol=1e-5)

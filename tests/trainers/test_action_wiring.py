@@ -103,7 +103,7 @@ def test_what_the_anatomical_contrast_gets(name, datasets, use, monkeypatch):
     more = {"tau_anco": 0.3, "tau_classes": 0.7} if name == NAME else {}  # ACTION++ schedules both
     trainer = build(use(datasets("4 classes")), name=name, queries=50, weak_threshold=0.0, **more)
     method, head = trainer.method, trainer.method.representation
-    grids = record(monkeypatch, head, "on_grid")
+    meant = record(monkeypatch, head, "class_means")
     drawn = record(monkeypatch, action, "draw_voxels")
     calls = record(monkeypatch, action, "anatomical_contrast")
     with torch.no_grad():
@@ -114,7 +114,9 @@ def test_what_the_anatomical_contrast_gets(name, datasets, use, monkeypatch):
     assert hard.any() and (members & ~hard).any() and not (hard & ~members).any()
     assert (size, candidates) == (50, 50 * action.CANDIDATES)
     _, has, means, _, present, tau, negatives, tau_classes = calls[0][0]
-    torch.testing.assert_close(means, head.class_means(grids[-1][1], members))
+    (maps, of_classes), result = meant[0]
+    assert torch.equal(means, result) and torch.equal(of_classes, members)
+    assert maps[0].shape[0] == 4, "labelled and mixed patches"
     assert torch.equal(has, hard.any(1)) and torch.equal(present, members.any(1))
     expected = method.contrast_temperature(PROGRESS[3])
     assert (tau, negatives, tau_classes) == (expected, 512, 0.7 if name == NAME else expected)
@@ -213,15 +215,14 @@ def test_supervised_loss_of_stage_two_is_on_the_view_of_the_student(strong_on, t
 
 def test_rows_means_and_pseudo_label_loss_are_fp32_under_autocast():
     head, maps = RepresentationHead((4, 12), (2, 2), 8), [torch.randn(2, 4, 8, 8), torch.randn(2, 12, 8, 8)]
-    features = head.on_grid(maps)
     positions, members = torch.arange(100), torch.rand(3, 128) < 0.5
     logits = torch.randn(2, 3, 8, 8).bfloat16()
     target = PseudoLabel(torch.ones(2, 1, 8, 8).long(), torch.ones(2, 1, 8, 8))
     arguments = logits, target, 0.9, torch.ones(3), False
-    rows, loss = head.rows(features, positions), confidence_weighted_cross_entropy(*arguments)[0]
+    rows, loss = head.rows(maps, positions), confidence_weighted_cross_entropy(*arguments)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(head.rows(features, positions), rows)
-        assert head.class_means(features, members).dtype == torch.float32
+        assert torch.equal(head.rows(maps, positions), rows)
+        assert head.class_means(maps, members).dtype == torch.float32
         assert torch.equal(confidence_weighted_cross_entropy(*arguments)[0], loss)
 
 
