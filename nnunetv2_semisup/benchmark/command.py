@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from itertools import product
 from pathlib import Path
 
 from nnunetv2_semisup.benchmark import counted, grid, records, report, speed, worker
@@ -53,31 +54,32 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _speed(args: argparse.Namespace, results: Path) -> int:
-    if not args.d:
-        raise InputError("--speed needs a preprocessed data set: -d ID, with -c and -p")
     require_device(args.device)
     worker.set_threads(args.device, args.threads)
-    for dataset in args.d:
-        for plans_name in args.p:
-            for configuration in args.c:
-                where = (_dataset_folder(dataset).name, configuration, plans_name)
-                rows = speed.measure(*where, args.device, trainers=args.tr)
-                print(f"{' '.join(where)}, {rows[0]['hardware']}, {rows[0]['threads']} threads\n{speed.table(rows)}")
-                print(f"Written to {speed.write(results, rows)}")
+    for where in _plans_named(args, "--speed"):
+        rows = speed.measure(*where, args.device, trainers=args.tr)
+        print(f"{' '.join(where)}, {rows[0]['hardware']}, {rows[0]['threads']} threads\n{speed.table(rows)}")
+        print(f"Written to {speed.write(results, rows)}")
     return 0
 
 
 def _counted(args: argparse.Namespace, results: Path) -> int:
-    if not args.d:
-        raise InputError("--counted needs a preprocessed data set: -d ID, with -c and -p")
-    for dataset in args.d:
-        for plans_name in args.p:
-            for configuration in args.c:
-                where = (_dataset_folder(dataset).name, configuration, plans_name)
-                rows = counted.count(*where, args.tr)
-                print(f"{' '.join(where)}, patch {rows[0]['patch']}, batch {rows[0]['batch']}\n{counted.table(rows)}")
-                print(f"Written to {counted.write(results, rows)}")
+    for where in _plans_named(args, "--counted"):
+        rows = counted.count(*where, args.tr)
+        print(f"{' '.join(where)}, patch {rows[0]['patch']}, batch {rows[0]['batch']}\n{counted.table(rows)}")
+        print(f"Written to {counted.write(results, rows)}")
     return 0
+
+
+def _plans_named(args: argparse.Namespace, option: str) -> list[tuple[str, str, str]]:
+    """Data set, configuration and name of all plans that ``args`` name; an InputError unless each is preprocessed."""
+    if not args.d:
+        raise InputError(f"{option} needs a preprocessed data set: -d ID, with -c and -p")
+    folders = [_dataset_folder(dataset) for dataset in args.d]
+    named = list(product(folders, args.p, args.c))
+    for folder, plans_name, configuration in named:
+        runner.ready_plans(folder, plans_name, configuration)
+    return [(folder.name, configuration, plans_name) for folder, plans_name, configuration in named]
 
 
 def key_values(texts: list[str]) -> dict:

@@ -21,7 +21,7 @@ from nnunetv2_semisup.benchmark.grid import BASELINE, Run, family
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.data.folders import read_dataset_json
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import read_object, require_preprocessed
+from nnunetv2_semisup.files import listed, read_object, require_preprocessed
 from nnunetv2_semisup.settings import SemiSupSettings
 
 WORKER = (sys.executable, "-u", "-m", "nnunetv2_semisup.benchmark.worker")
@@ -251,6 +251,19 @@ def _plans_file(run: Run) -> Path:
     return Path(os.environ["nnUNet_preprocessed"], run.dataset, f"{run.plans}.json")
 
 
+def ready_plans(preprocessed: Path, plans_name: str, configuration: str) -> dict:
+    """Content of a plans file; an InputError unless it has the configuration and that is preprocessed."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    file = preprocessed / f"{plans_name}.json"
+    plans = read_object(file, "make the plans, see nnUNetv2_semisup_plans -h", "plans_name", "configurations")
+    if configuration not in plans["configurations"]:
+        raise InputError(f"{file} has no configuration {configuration}, but {listed(list(plans['configurations']))}")
+    identifier = PlansManager(plans).get_configuration(configuration).data_identifier
+    require_preprocessed(preprocessed, identifier, plans_name, configuration)
+    return plans
+
+
 def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
     raw, preprocessed = (Path(os.environ[name], dataset) for name in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset_json = read_dataset_json(raw)
@@ -263,18 +276,12 @@ def _check_data(dataset: str, plans_name: str, configuration: str) -> None:
             f"{raw}: a benchmark tests on imagesTs against labelsTs, but "
             + (f"these cases are in one of them only: {different}" if images or labels else "there are none")
         )
-    plans = read_object(preprocessed / f"{plans_name}.json", "make the plans, see nnUNetv2_semisup_plans -h")
+    plans = ready_plans(preprocessed, plans_name, configuration)
     if plans["plans_name"] != plans_name:
         raise InputError(
             f'{preprocessed / plans_name}.json has the "plans_name" {plans["plans_name"]}, and nnU-Net names model '
             f"folders by it: two plans would share one. Set it to {plans_name}"
         )
-    if configuration not in plans["configurations"]:
-        raise InputError(f"{preprocessed / plans_name}.json has no configuration {configuration}")
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    identifier = PlansManager(plans).get_configuration(configuration).data_identifier
-    require_preprocessed(preprocessed, identifier, plans_name, configuration)
     for trainer, values in plans.get("semisup", {}).items():
         if values.get("deterministic_seed") is not None:
             raise InputError(

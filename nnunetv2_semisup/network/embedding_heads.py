@@ -93,7 +93,7 @@ class RepresentationHead(nn.Module):
             members: (K, B * x * y * z) bool.
         """
         grid = maps[0].shape[2:]
-        narrow, wide = self._by_width(maps)
+        narrow, wide = self._by_width([m.detach() for m in maps])
         rows = _rows(torch.cat([_resize(m, grid) for m in narrow], 1))
         projected = [_rows(_resize(_over_channels(layer, m), grid)) for layer, m in zip(self.wide, wide, strict=True)]
         sums = torch.zeros(len(members), self.narrow.out_features, device=members.device)

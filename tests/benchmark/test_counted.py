@@ -67,6 +67,27 @@ def test_a_training_that_will_not_fit_is_named_before_it_starts(tiny):
     assert states == (random.getstate(), np.random.get_state()[1].tolist())
 
 
+def test_levels_wider_than_the_embedding_are_counted(tiny):
+    trainer = tiny.trainer("nnUNetTrainerACTIONPlusPlus", "2d", representation_features=4)
+    trainer = rehearsal.twin(trainer)
+    assert any(trainer.method.representation.is_wide)
+    assert min(rehearsal.count(trainer)) > 0
+
+
+@pytest.mark.parametrize("option", ["--counted", "--speed"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs a preprocessed data set: -d ID"),
+        (["-d", "901", "-p", "other"], "other.json does not exist: make the plans"),
+        (["-d", "901", "-c", "3d_lowres"], "nnUNetPlans.json has no configuration 3d_lowres, but "),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(tiny, tmp_path, capsys, option, arguments, message):
+    assert cli.benchmark([option, *arguments, "-device", "cpu", "-o", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
 class nnUNetTrainerOfAUser(discovery.trainers()["nnUNetTrainerMeanTeacher"]):
     """In no folder that nnU-Net searches."""
 
