@@ -92,7 +92,7 @@ class ACTIONPlusPlus(ACTION):
     """ACTION's stages two and three (8/3 supervised steps each) with one more term in stage three: ``adaptive``."""
 
     settings_class = ACTIONPlusPlusSettings
-    cost, memory_gib, use = 2.7, 9.1, "to compare with the paper"
+    cost, memory_gib, use = 2.7, 8.5, "to compare with the paper"
     unsupervised_weights = (*ACTION.unsupervised_weights, "w_aaco")
 
     settings: ACTIONPlusPlusSettings
