@@ -82,7 +82,9 @@ def export(
     use = (
         f"nnUNetv2_predict -d {source.name} -c {configuration} -p {plans} -f {' '.join(folds)} -i IMAGES -o PREDICTIONS"
     )
-    return f"{target}\n  install: {how}\n  use, without this package: {use}"
+    unused = [fold for fold, content in provenance["folds"].items() if content["terms_started_after_steps"] is None]
+    warning = f"\n  WARNING: no unlabelled image was used in fold {', '.join(unused)}: that model is stock nnU-Net's"
+    return f"{target}\n  install: {how}\n  use, without this package: {use}{warning if unused else ''}"
 
 
 def _write_model(
@@ -108,7 +110,12 @@ def _write_model(
         (folder / f"fold_{fold}").mkdir()
         torch.save(content, folder / f"fold_{fold}" / checkpoint)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        from_folds[fold] = {"sha256": digest, "epochs": content["current_epoch"], "settings": ours["settings"]}
+        from_folds[fold] = {
+            "sha256": digest,
+            "epochs": content["current_epoch"],
+            "terms_started_after_steps": ours.get("start", {"step": 0})["step"],  # version 0.1.0: with the first
+            "settings": ours["settings"],
+        }
     return {
         "trainer": trainer,
         "weights": weights,

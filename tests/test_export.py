@@ -65,6 +65,7 @@ def test_plain_nnunet_predicts_the_same(tiny, trained, tmp_path, capsys):
     assert "semisup" not in json.loads((model / "plans.json").read_text())
     told = json.loads((model / "semisup_provenance.json").read_text())
     assert told["trainer"] == NAME and told["weights"] == "as_trained" and told["folds"]["all"]["epochs"] == 2
+    assert told["folds"]["all"]["terms_started_after_steps"] == 0
     assert told["folds"]["all"]["settings"]["num_epochs"] == 2 and told["plans_settings"][NAME]["num_epochs"] == 2
 
     assert cli.export([*arguments, "-o", str(tmp_path / "model.zip"), "--weights", "teacher"]) == 0
@@ -96,6 +97,15 @@ def test_wrong_input(tiny, trained, tmp_path, capsys, arguments, words):
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in words), err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_saw_no_unlabelled_image_is_named(tiny, trained, tmp_path, capsys):
+    file = trained / "fold_all" / "checkpoint_final.pth"
+    content = torch.load(file, weights_only=False)
+    content["semisup"]["start"]["step"] = None
+    torch.save(content, file)
+    assert cli.export(["-d", "901", "-tr", NAME, "-f", "all", "-o", str(tmp_path / "out")]) == 0
+    assert "WARNING: no unlabelled image was used in fold all" in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten(tiny, trained, tmp_path, capsys):

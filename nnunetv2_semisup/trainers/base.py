@@ -282,10 +282,16 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             streams.end_augmenters(self.dataloader_train, self.dataloader_val)
             if self._tensorboard is not None:
                 self._tensorboard.close()
-        if self._stop.wanted:
-            sys.exit(self._stop.exit_code)
         if self.local_rank == 0:
+            dice = self.logger.get_value("dice_per_class_or_region", -1)
+            if not self.is_supervised and (unused := self._start.unused(dice)):
+                self.print_to_log_file(unused)
             self.print_to_log_file(self._summary())
+        if self._stop.wanted:
+            self.print_to_log_file(
+                f"{self._stop.name} came after the last step: all is saved, nnU-Net's validation is not done"
+            )
+            sys.exit(self._stop.exit_code)
 
     def _summary(self) -> str:
         """What came of the training, and the command that comes next."""
@@ -297,9 +303,11 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         manager = self.plans_manager
         what = f"-d {manager.dataset_name} -c {self.configuration_name} -f {self.fold} -tr {self.__class__.__name__}"
         drawn = f", {pictures.FOLDER}" if self.settings.pictures else ""
+        device = "" if self.device.type == "cuda" else f" -device {self.device.type}"
         return (
             f"Finished: {', '.join(numbers)}. Log and pictures: semisup_log.csv, semisup_progress.png{drawn} in "
-            f"{self.output_folder}. Next: nnUNetv2_predict {what} -p {manager.plans_name} -i IMAGES -o PREDICTIONS"
+            f"{self.output_folder}. Next: nnUNetv2_predict {what} -p {manager.plans_name}{device} -i IMAGES -o "
+            f"PREDICTIONS"
         )
 
     def on_train_start(self):
@@ -319,6 +327,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if self.local_rank == 0:
             self._begin_output()
             self._write_settings()
+        if self._start.step == 0 and not self._resumed and not self.is_supervised:
+            self.print_to_log_file("The method's terms start with the first step.")
         self._last_save = time()
         self._stop.listen()
         self._is_training = True
@@ -603,6 +613,12 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
             del values[self.current_epoch :]
         for key, (now, before) in changed.items():
             self.print_to_log_file(f"WARNING: setting {key} is now {now!r}, was {before!r} in {filename_or_checkpoint}")
+        if self.current_epoch < self.num_epochs:
+            terms = "have started" if self._start.started else "have not started yet"
+            self.print_to_log_file(
+                f"Going on from {filename_or_checkpoint}: {self.current_epoch} of {self.num_epochs} epochs are done, "
+                f"the method's terms {terms}."
+            )
         self._resumed = True
 
     def _save_and_leave(self) -> None:

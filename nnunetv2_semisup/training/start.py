@@ -122,6 +122,28 @@ class Start:
                 messages += self._once(f"vanishes {name}", text)
         return messages
 
+    def unused(self, dice: Sequence[float]) -> str:
+        """What the user must know at the end of a training whose unlabelled images taught nothing, or not all classes.
+
+        Args:
+            dice: last online Dice per class.
+        """
+        missing = [
+            f"{name} ended at {value:.2f}"
+            for name, value, at in zip(self.names, dice, self.passed_at, strict=True)
+            if at is None
+        ]
+        if not missing:
+            return ""
+        reason = f"online Dice {self.threshold:g} was not reached ({', '.join(missing)})"
+        remedy = "Train more epochs, or lower start_dice."
+        if self.started:
+            return f"WARNING: not every class learned from the unlabelled images: {reason}. {remedy}"
+        return (
+            f"WARNING: the unlabelled images were NOT used, this is a model of stock nnU-Net: {reason} by every class. "
+            f"{remedy}"
+        )
+
     def ramp(self, steps: int, total: int) -> float:
         """Factor of the method's weights in [0, 1]."""
         return self._ramp_from(self.step, steps, total)

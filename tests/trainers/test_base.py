@@ -53,7 +53,7 @@ def test_a_whole_run_leaves_log_picture_settings_and_checkpoint(tiny, configurat
         assert all(np.isfinite(float(r[column])) for r in table), column
     assert 0 <= float(table[0]["share_teacher_student_agreement"]) <= 1
     [log] = folder.glob("training_log_*.txt")
-    command = f"nnUNetv2_predict -d {tiny.name} -c {configuration} -f all -tr {NAME} -p nnUNetPlans -i IMAGES"
+    command = f"nnUNetv2_predict -d {tiny.name} -c {configuration} -f all -tr {NAME} -p nnUNetPlans -device cpu -i IMAGES"
     assert f"Next: {command}" in log.read_text() and "Finished: online Dice 0." in log.read_text()
     settings = json.loads((folder / "semisup_settings.json").read_text())
     assert settings["trainer"] == NAME and settings["num_epochs"] == 3 and settings["teacher_decay"] == 0.99
@@ -61,6 +61,30 @@ def test_a_whole_run_leaves_log_picture_settings_and_checkpoint(tiny, configurat
     assert saved["semisup"]["settings"]["num_epochs"] == 3 and saved["trainer_name"] == NAME
     stock_keys = set(saved) - {"semisup"}
     assert {"network_weights", "optimizer_state", "init_args", "logging", "current_epoch"} <= stock_keys
+
+
+def log_of(trainer) -> str:
+    return "".join(file.read_text() for file in Path(trainer.output_folder).glob("training_log_*.txt"))
+
+
+def test_a_run_that_used_no_unlabelled_image_says_so(tiny):
+    settings = SHORT | {"num_epochs": 2, "start_dice": 1.0}
+    trainer = tiny.trainer(NAME, **settings)
+    trainer.run_training()
+    told = log_of(trainer)
+    assert "WARNING: the unlabelled images were NOT used, this is a model of stock nnU-Net" in told
+    assert "organ ended at 0." in told and "-device cpu -i IMAGES" in told
+    assert "The method's terms start" not in told
+
+
+def test_a_resumed_run_says_from_where(tiny):
+    trainer = tiny.trainer(NAME, **SHORT)
+    trainer.num_epochs = 1
+    trainer.run_training()
+    assert "The method's terms start with the first step." in log_of(trainer)
+    again = tiny.trainer(NAME, resume=True, **SHORT)
+    again.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
+    assert "checkpoint_final.pth: 1 of 3 epochs are done, the method's terms have started." in log_of(again)
 
 
 @pytest.mark.parametrize(("weight", "layout_changes"), [(0.2, True), (0.0, False)])

@@ -70,6 +70,16 @@ def test_a_class_that_no_validation_patch_has_does_not_hold_back_the_others():
     assert seen.head_weights(300, TOTAL) == [0, 1, 0], "b was measured, and not known"
 
 
+def test_what_was_not_used_is_told_at_the_end():
+    s = start()
+    assert "NOT used" in s.unused([0.2, 0.4]) and "a ended at 0.20, b ended at 0.40" in s.unused([0.2, 0.4])
+    s.after_epoch([0.9, 0.1], 300, TOTAL)
+    assert s.unused([0.9, 0.3]).startswith("WARNING: not every class") and "(b ended at 0.30)" in s.unused([0.9, 0.3])
+    s.after_epoch([0.9, 0.8], 400, TOTAL)
+    assert s.unused([0.1, 0.1]) == "", "what happens later is the validation's matter"
+    assert Start(("a",), True, 0.0, 0.3, 0.2).unused([0.0]) == ""
+
+
 def test_when_no_class_has_passed_nothing_starts():
     s = start()
     for name, told in zip("ab", s.after_epoch([0.1, 0.2], 500, TOTAL), strict=True):
