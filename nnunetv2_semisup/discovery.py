@@ -99,8 +99,11 @@ def check() -> dict[str, str]:
             try:
                 resolved = recursive_find_trainer_class_by_name(name)
             except RuntimeError as error:
+                if "torchvision::" in str(error):
+                    raise InputError(_unlike_torchvision()) from error
                 raise InputError(
-                    f"nnU-Net does not find {name}: {error} Set export {VARIABLE}=$(nnUNetv2_semisup_trainers --folder)"
+                    f"nnU-Net does not find {name}: {str(error).rstrip('. ')}. "
+                    f"Set export {VARIABLE}=$(nnUNetv2_semisup_trainers --folder)"
                 ) from error
         if resolved is not expected:
             raise InputError(
@@ -109,6 +112,16 @@ def check() -> dict[str, str]:
             )
         found[name] = inspect.getfile(resolved)
     return found
+
+
+def _unlike_torchvision() -> str:
+    """What to tell where torchvision was built for another torch: then importing nnU-Net fails."""
+    from importlib.metadata import version
+
+    return (
+        f"torch {version('torch')} and torchvision {version('torchvision')} do not match: run pip install --upgrade "
+        f"torch torchvision, with the --index-url of your torch if you gave one"
+    )
 
 
 def overview(width: int) -> str:

@@ -139,6 +139,15 @@ def derive(
     return target
 
 
+def preprocessed_configurations(folder: Path, plans: dict) -> list[str]:
+    """Configurations of ``plans`` whose labelled cases are preprocessed, ``3d_fullres`` first."""
+    identifiers = {name: content.get("data_identifier") for name, content in plans["configurations"].items()}
+    ready = [
+        name for name, identifier in identifiers.items() if identifier and any((folder / identifier).glob("*.pkl"))
+    ]
+    return sorted(ready, key="3d_fullres".__ne__)
+
+
 def settings_in(folder: Path, base: str, name: str) -> dict[str, dict]:
     """The settings that :func:`derive` starts from: those of the plans ``name`` if they exist, else of ``base``."""
     for file in (folder / f"{name.removesuffix('.json')}.json", folder / f"{base.removesuffix('.json')}.json"):

@@ -9,6 +9,7 @@ errors: a typo must not train for a day with the default value.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import types
@@ -102,7 +103,9 @@ def resolve(settings_class: type[SemiSupSettings], overrides: dict, where: str) 
     values = {}
     for key, value in overrides.items():
         if key not in known:
-            raise InputError(f"{where}: unknown setting {key!r}; known are {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise InputError(f"{where}: unknown setting {key!r}; {hint}")
         values[key] = _checked(value, hints[key], f"{where}: {key}")
     if values.get("preset") == "published":
         values = settings_class.published | values

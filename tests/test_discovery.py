@@ -92,6 +92,15 @@ def test_check_fails_when_nnunet_cannot_find_them(monkeypatch):
         discovery.check()
 
 
+def test_check_names_a_torchvision_of_another_torch(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("nnunetv2.utilities.find_objects.recursive_find_trainer_class_by_name", broken)
+    with pytest.raises(InputError, match="^torch [0-9].* and torchvision [0-9].* do not match: run pip install"):
+        discovery.check()
+
+
 def test_check_fails_when_another_class_hides_ours(monkeypatch, tmp_path):
     (tmp_path / "impostor.py").write_text(
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"

@@ -32,7 +32,8 @@ def test_overrides_and_json_round_trip():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"wieght": 1}, "unknown setting 'wieght'.*weight"),
+        ({"wieght": 1}, "unknown setting 'wieght'; did you mean weight[?]"),
+        ({"qqqqqq": 1}, "unknown setting 'qqqqqq'; known are .*weight"),
         ({"weight": "1"}, "weight = '1' has the wrong type.*float"),
         ({"weight": True}, "wrong type"),
         ({"weight": float("nan")}, "wrong type"),

@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _speed(args: argparse.Namespace, results: Path) -> int:
+    named = _plans_named(args, "--speed")
     require_device(args.device)
     worker.set_threads(args.device, args.threads)
-    for where in _plans_named(args, "--speed"):
+    for where in named:
         rows = speed.measure(*where, args.device, trainers=args.tr)
         print(f"{' '.join(where)}, {rows[0]['hardware']}, {rows[0]['threads']} threads\n{speed.table(rows)}")
         print(f"Written to {speed.write(results, rows)}")

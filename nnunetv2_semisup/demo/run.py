@@ -69,6 +69,7 @@ def run(folder: Path, trainer: str, epochs: int | None, device: str | None, sour
     def command(*arguments: str) -> None:
         _command(arguments, environment, folder / "log.txt")
 
+    print(f"What the commands print goes to {folder / 'log.txt'}")
     if task is None:
         epochs, configuration, plans = epochs or MADE_EPOCHS, "3d_fullres", PLANS
         _prepare_made(raw, folder, plans, command, workers)
@@ -117,7 +118,7 @@ def _prepare_made(raw: Path, folder: Path, plans: str, command: Command, workers
     command("nnUNetv2_plan_and_preprocess", "-d", ID, "-c", "3d_fullres", "--no_pp", "-npfp", workers)
     command("nnUNetv2_semisup_plans", "-d", ID, "-o", plans, "--preset", "cpu")
     shrink_patch(folder / "nnUNet_preprocessed" / raw.name / f"{plans}.json")
-    command("nnUNetv2_preprocess", "-d", ID, "-plans_name", plans, "-c", "3d_fullres")
+    command("nnUNetv2_preprocess", "-d", ID, "-plans_name", plans, "-c", "3d_fullres", "-np", workers)
 
 
 def _prepare_real(task: Task, raw: Path, folder: Path, plans: str, command: Command, workers: str) -> None:

@@ -53,7 +53,9 @@ def test_a_whole_run_leaves_log_picture_settings_and_checkpoint(tiny, configurat
         assert all(np.isfinite(float(r[column])) for r in table), column
     assert 0 <= float(table[0]["share_teacher_student_agreement"]) <= 1
     [log] = folder.glob("training_log_*.txt")
-    command = f"nnUNetv2_predict -d {tiny.name} -c {configuration} -f all -tr {NAME} -p nnUNetPlans -device cpu -i IMAGES"
+    command = (
+        f"nnUNetv2_predict -d {tiny.name} -c {configuration} -f all -tr {NAME} -p nnUNetPlans -device cpu -i IMAGES"
+    )
     assert f"Next: {command}" in log.read_text() and "Finished: online Dice 0." in log.read_text()
     settings = json.loads((folder / "semisup_settings.json").read_text())
     assert settings["trainer"] == NAME and settings["num_epochs"] == 3 and settings["teacher_decay"] == 0.99
