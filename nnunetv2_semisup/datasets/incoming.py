@@ -127,7 +127,7 @@ def _without_segmentations(found: Sequence[_Image], refused: dict[str, str]) -> 
     refused.update(
         dict.fromkeys(
             files,
-            f"{listed(files)}: by the name a segmentation. Move segmentations away, only images belong here. Rename it "
+            f"{listed(files)}: it looks like a segmentation by its name. Move segmentations away, only images belong here. Rename it "
             f"if it is an image: nnU-Net keeps names ending with _seg for its own files",
         )
     )

@@ -132,7 +132,7 @@ def test_all_faults_are_told_at_once_and_can_be_skipped(dataset, tmp_path, capsy
     write(new / "turned.nii.gz", sitk.DICOMOrient(make_ct(22), "RAS"))
     write(new / "mask.mha", make_ct(23) > 0)
     reasons = (
-        "P1_seg.nii.gz, .*P2_seg.nii.gz: by the name a segmentation. Move segmentations away, only images belong here",
+        "P1_seg.nii.gz, .*P2_seg.nii.gz: it looks like a segmentation by its name. Move segmentations away, only images belong here",
         "cut.nrrd: damaged", "more.zip is an archive", "another image named a",
         r"turned \(RAS\): the axes", "mask.mha: lab",
     )  # fmt: skip
