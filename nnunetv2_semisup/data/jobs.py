@@ -1,4 +1,4 @@
-"""Run a function over many cases in several processes, with a progress bar."""
+"""Run a function over many cases in several processes, and tell the progress."""
 
 from __future__ import annotations
 

@@ -127,8 +127,8 @@ def _without_segmentations(found: Sequence[_Image], refused: dict[str, str]) -> 
     refused.update(
         dict.fromkeys(
             files,
-            f"{listed(files)}: it looks like a segmentation by its name. Move segmentations away, only images belong here. Rename it "
-            f"if it is an image: nnU-Net keeps names ending with _seg for its own files",
+            f"{listed(files)} looks like a segmentation: move segmentations away, only images belong here. If it is an "
+            f"image, rename it: nnU-Net keeps names ending with _seg for its own files",
         )
     )
     return [image for image in found if str(image.files[0]) not in files]

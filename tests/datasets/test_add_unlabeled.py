@@ -132,7 +132,7 @@ def test_all_faults_are_told_at_once_and_can_be_skipped(dataset, tmp_path, capsy
     write(new / "turned.nii.gz", sitk.DICOMOrient(make_ct(22), "RAS"))
     write(new / "mask.mha", make_ct(23) > 0)
     reasons = (
-        "P1_seg.nii.gz, .*P2_seg.nii.gz: it looks like a segmentation by its name. Move segmentations away, only images belong here",
+        "P1_seg.nii.gz, .*P2_seg.nii.gz looks like a segmentation: move segmentations away, only images belong here",
         "cut.nrrd: damaged", "more.zip is an archive", "another image named a",
         r"turned \(RAS\): the axes", "mask.mha: lab",
     )  # fmt: skip
@@ -238,7 +238,7 @@ def test_several_channels(dataset, tmp_path):
         (lambda new: [write(new / f"x{part}.nrrd", make_ct(20)) for part in ("", "_0000")], "would be case x as well"),
         (lambda new: write(new / "\u60a3\u8005.nrrd", make_ct(20)), "has no letter"),
         (lambda new: write_series(new / "s", make_ct(20, size=(7, 6, 1)), "P"), "one file only; complete it, move it"),
-        (lambda new: write(new / "x_seg.nrrd", make_ct(20)), "x_seg.nrrd: by the name a segmentation. Move"),
+        (lambda new: write(new / "x_seg.nrrd", make_ct(20)), "x_seg.nrrd looks like a segmentation: move"),
         (
             lambda new: write(new / "x.mha", sitk.JoinSeries([make_ct(20)] * 2)),
             "x.mha: it has 2 channels, .* declares 1",
