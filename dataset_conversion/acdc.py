@@ -13,8 +13,9 @@ Two forms can be read; which one it is, is found out:
 
 Classes: 1 right ventricle, 2 myocardium, 3 left ventricle. The 100 patients of the challenge's training part are
 divided as published, 70 for training, 10 for validation, 20 for testing (splits/acdc_*.txt). --labeled N takes the
-first N training PATIENTS (1, 3, 7 and 14 are usual, 70 is the upper bound), both frames of each; the cross-validation
-folds keep the frames of a patient together, too. The labels of the other training patients are not read or written.
+first N training PATIENTS (1, 3, 7 and 14 are usual, 70 is the upper bound), both frames of each; a list file has one
+patient per line, or both frames of each (train_3_label.list of the h5 copies). The cross-validation folds keep the
+frames of a patient together, too. The labels of the other training patients are not read or written.
 
 patient074 and patient076 are one scan, annotated twice. They are kept on one side: in the folds they count as one
 patient, and if only one of them is labelled the other is left out instead of serving as unlabelled.
@@ -49,6 +50,7 @@ from dataset_conversion.lists import LISTS, choose_labelled, read_list, require_
 from nnunetv2_semisup.data.checks import LABELLED, TEST, UNLABELLED, VALIDATION, check_image, check_label
 from nnunetv2_semisup.datasets.images import packed, read_image, require_same_geometry, walk
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import listed
 
 NAME = "ACDC"
 LABELS = {"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3}
@@ -76,12 +78,18 @@ def find_files(source: Path) -> tuple[str, dict[str, Path]]:
 
     In the nifti form the key of Info.cfg is ``patientXXX/Info.cfg``.
     """
-    files, twice = {}, []
+    files, twice, slices = {}, [], 0
     for path in walk(source):
         name = f"{path.parent.name}/{path.name}" if path.name == "Info.cfg" else path.name
         if re.fullmatch(r"patient\d{3}(/Info\.cfg|_frame\d+(_gt)?\.nii(\.gz)?|_frame\d+\.h5)", name):
             twice += [path] if name in files else []
             files[name] = path
+        slices += re.fullmatch(r"patient\d{3}_frame\d+_slice_\d+\.h5", name) is not None
+    if not files and slices:
+        raise InputError(
+            f"--source {source} has slices, and volumes are converted, patientXXX_frame01.h5: give the folder above, "
+            f"{source.parent}"
+        )
     if twice:
         raise InputError(
             f"--source {source}: {twice[0].name} is there twice, e.g. {twice[0]}; give one copy of the data"
@@ -142,10 +150,32 @@ def read_case(
 # --- converting -----------------------------------------------------------------------------------------------------
 
 
+def read_patients(file: Path) -> list[str]:
+    """Patients of a list file, which names them or both frames of each, ``patientXXX_frameYY``.
+
+    Raises:
+        InputError: one frame of a patient is listed, or slices are.
+    """
+    frames: dict[str, int] = {}
+    lines = read_list(file)
+    for line in lines:
+        match = re.fullmatch(r"(patient\d{3})_frame\d+(_slice_\d+)?", line)
+        if match and match[2]:
+            raise InputError(f"{file}: it lists slices ({line}), and whole patients are labelled: write {match[1]}")
+        if match:
+            frames[match[1]] = frames.get(match[1], 0) + 1
+    if half := [patient for patient, number in frames.items() if number < len(FRAMES) and patient not in lines]:
+        raise InputError(
+            f"{file}: one frame only of {listed(half)}, and both frames of a patient are labelled: write {half[0]}, "
+            f"or list the other frame, too"
+        )
+    return list(dict.fromkeys(re.sub(r"^(patient\d{3})_frame\d+$", r"\1", line) for line in lines))
+
+
 def choose_patients(labelled_choice: str, subset: int) -> tuple[dict[str, str], list[str]]:
     """Role of each patient, and what to tell of the two that are the same scan."""
     train = read_list(LISTS / "acdc_train.txt")
-    labelled = choose_labelled(labelled_choice, train, subset)
+    labelled = choose_labelled(labelled_choice, train, subset, read_patients)
     roles = {patient: LABELLED if patient in labelled else UNLABELLED for patient in train}
     roles |= dict.fromkeys(read_list(LISTS / "acdc_val.txt"), VALIDATION)
     roles |= dict.fromkeys(read_list(LISTS / "acdc_test.txt"), TEST)
@@ -252,6 +282,10 @@ def make_recipe(
         spacing_note = "from the headers"
     else:
         spacing_note = f"{'given by the user' if spacing is not None else 'assumed'}: the h5 files carry none"
+    present, no_test = {case.role for case in cases}, []
+    if TEST not in present:
+        where = "imagesVal and labelsVal" if VALIDATION in present else "labelled cases that you keep apart"
+        no_test = [f"no test patients are at hand: evaluate on {where}"]
     same = "+".join(SAME_SCAN)
     return Recipe(
         cases=cases,
@@ -262,7 +296,7 @@ def make_recipe(
         conversion={"source_form": form, "missing": missing, "same_scan": told},
         spacing_note=spacing_note,
         role_notes=notes,
-        rows=[("note", text) for text in (*told, *_unlisted(files, roles))],
+        rows=[("note", text) for text in (*told, *_unlisted(files, roles), *no_test)],
         groups={f"{p}_{frame}": same if p in SAME_SCAN else p for p in infos for frame in FRAMES},
         extra_files={"patients.csv": patients_csv(roles, infos)},
     )
@@ -273,7 +307,7 @@ convert = partial(common.convert_source, make_recipe, NAME)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 2 for wrong input, 130 for Ctrl-C."""
-    labelled_help = "the first N training patients, or a file with one patient per line"
+    labelled_help = "the first N training patients, or a file with one patient per line (or both frames of each)"
     parser = common.make_parser(__doc__, NAME, labelled_help, "folder of the challenge's data, or of the h5 files")
     add = parser.add_argument
     add("--spacing", type=float, nargs="+", metavar="MM", help="h5 form: x y z or one number, in mm")

@@ -221,11 +221,11 @@ def convert(recipe: Recipe, source: Path, dataset_id: int, name: str, options: O
     labelled = [case.name for case in recipe.cases if case.role == LABELLED]
     recipe = replace(recipe, conversion={**recipe.conversion, "subset": options.subset})
     if options.dry_run:
-        facts = run_jobs(convert_case, _jobs(recipe, None, 0), options.processes)
+        facts = run_jobs(convert_case, _jobs(recipe, None, 0), options.processes, "Checking")
         return f"{target}: dry run, nothing was written\n{_report(recipe, source, facts, dataset_id)}"
     with _kept_folder(target, _fingerprint(recipe, source)) as folder:
         jobs = _jobs(recipe, folder, options.previews)
-        facts = run_jobs(convert_case, jobs, options.processes)
+        facts = run_jobs(convert_case, jobs, options.processes, "Converting")
         patients = {PATIENTS: {case: recipe.groups[case] for case in labelled}} if recipe.groups else {}
         write_dataset_json(
             folder, recipe.channels, recipe.labels, len(labelled), recipe.file_ending,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nnunetv2_semisup.datasets.images import packed
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.files import listed
 
 LISTS = Path(__file__).resolve().parent / "splits"
 
@@ -35,13 +36,16 @@ def is_number(choice: str) -> bool:
     return re.fullmatch(r"[+-]?\d+", choice) is not None
 
 
-def choose_labelled(choice: str, train: Sequence[str], subset: int = 0) -> list[str]:
+def choose_labelled(
+    choice: str, train: Sequence[str], subset: int = 0, read: Callable[[Path], list[str]] = read_list
+) -> list[str]:
     """The labelled cases, or patients.
 
     Args:
         choice: a number N (the first N of ``train``, as in the literature), "all", or a file naming cases of ``train``.
         train: IDs of all training cases, in published order.
         subset: K takes the entries K * N to K * N + N - 1, so that different K share no case; 0 without a number.
+        read: reads the file.
 
     Returns:
         at least one ID; the rest of ``train`` is unlabelled.
@@ -60,12 +64,12 @@ def choose_labelled(choice: str, train: Sequence[str], subset: int = 0) -> list[
         raise InputError(f"--subset {subset}: only a number of labelled cases has subsets; leave it out")
     if choice == "all":
         return list(train)
-    labelled = read_list(Path(choice))
+    labelled = read(Path(choice))
     if not labelled:
         raise InputError(f"--labeled {choice}: the list names no case, at least 1 is needed")
     unknown = sorted(set(labelled) - set(train))
     if unknown:
-        raise InputError(f"--labeled {choice}: not in the list of training cases: {', '.join(unknown)}")
+        raise InputError(f"--labeled {choice}: not in the list of training cases: {listed(unknown)}; correct it")
     return labelled
 
 

@@ -191,12 +191,23 @@ def add_unlabeled(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_add_unlabeled",
         description="Bring NIfTI, NRRD, MetaImage files or DICOM series into imagesUn of a dataset: checks channels, "
-        "spacing and orientation against the labelled images, leaves out images that are there already, and names test "
-        "images among the new ones.",
+        "spacing and orientation against the labelled images, leaves out images that are there already and test "
+        "images, and names all images that cannot serve.",
     )
     _dataset_argument(parser)
     parser.add_argument("folder", metavar="FOLDER", help="images, in any depth")
     parser.add_argument("--reorient", action="store_true", help="turn axes to those of the labelled images (lossless)")
+    parser.add_argument(
+        "--allow_test_images",
+        action="store_true",
+        help="bring in images of imagesTs and imagesVal, too; your test result will be too good: training sees the "
+        "test images (default: they are left out)",
+    )
+    parser.add_argument(
+        "--skip_refused",
+        action="store_true",
+        help="leave out images that cannot serve, e.g. damaged ones, and bring in the others (default: bring in none)",
+    )
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="check only")
     parser.add_argument(
         "--previews",
@@ -209,7 +220,7 @@ def add_unlabeled(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     from nnunetv2_semisup.datasets import add_unlabeled as add_unlabeled_module
 
-    options = (args.reorient, args.dry_run, args.previews, args.np)
+    options = (args.reorient, args.dry_run, args.previews, args.np, args.allow_test_images, args.skip_refused)
     print(add_unlabeled_module.add_unlabeled(args.d, Path(args.folder), *options))
 
 

@@ -167,7 +167,7 @@ def one_error_line(capsys, *words) -> None:
         (cli.hide_labels, ["-d", "77", "-o", "78", "--labeled", "2"], ("-d 77", "no dataset")),
         (cli.hide_labels, ["-d", "901", "-o", "901", "--labeled", "2"], ("901 is taken",)),
         (cli.hide_labels, ["-d", "901", "-o", "902", "--labeled", "9"], ("--labeled 9", "1 to 3")),
-        (cli.add_unlabeled, ["-d", "901", "nothing"], ("nothing", "no folder")),
+        (cli.add_unlabeled, ["-d", "901", "nothing"], ("/nothing is no folder: correct", "absolute path")),
         (cli.evaluate, ["-ref", "r", "-pred", "p", "-djfile", "d.json", "-o", "o"], ("d.json", "does not exist")),
         (cli.benchmark, [], ("GRID.yaml", "-d")),
         (cli.benchmark, ["nowhere.yaml"], ("nowhere.yaml",)),

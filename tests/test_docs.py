@@ -6,17 +6,21 @@ import ast
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import sys
 from importlib.metadata import entry_points
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from helpers import make_batch
 from imports import PACKAGE, REPOSITORY, files_below
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_semisup import cli, discovery, trainers
 from nnunetv2_semisup.benchmark import records, table
@@ -188,6 +192,35 @@ def test_columns_of_the_log_are_explained(name, tiny):
         term = re.sub(r"^(loss|weight)_", "", column)
         numbered = re.sub(r"[23]$", "1", term)  # "teacher_1 to teacher_4"
         assert any(f"`{known}`" in common + own for known in (column, term, numbered)), f"{column} is not explained"
+
+
+# ----------------------------------------------------------------------------------------------------------- your data
+
+
+def test_the_lines_of_your_data_prepare_pairs(nnunet_raw, tmp_path, monkeypatch):
+    """Seven pairs and two scans without a label in one folder; then the command that follows on the page."""
+    (tmp_path / "scans").mkdir()
+    for number in range(9):
+        name = tmp_path / "scans" / f"MR {number:03d} T1"
+        voxels = np.random.default_rng(number).normal(0, 50, (4, 5, 6)).astype(np.float32)
+        sitk.WriteImage(sitk.GetImageFromArray(voxels), f"{name}.nii.gz")
+        if number < 7:
+            sitk.WriteImage(sitk.GetImageFromArray((voxels > 0).astype(np.uint8)), f"{name}_seg.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    page = text(DOCS / "your_data.md")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(code, "your_data.md", "exec"), {})
+    dataset = nnunet_raw / "Dataset508_Mine"
+    content = json.loads(text(dataset / "dataset.json"))
+    cases = get_filenames_of_train_images_and_targets(str(dataset), content)
+    assert content["numTraining"] == len(cases) == len(list((dataset / "labelsTr").iterdir())) == 2
+    assert len(list((dataset / "imagesTs").iterdir())) == len(list((dataset / "labelsTs").iterdir())) == 5
+    for case, files in cases.items():
+        for file, ending in ((files["images"][0], ""), (files["label"], "_seg")):
+            assert Path(file).read_bytes() == Path(f"scans/{case.replace('_', ' ')}{ending}.nii.gz").read_bytes()
+    [command] = re.findall(r"^    nnUNetv2_semisup_add_unlabeled (-d 508 scans .*)$", page, re.M)
+    assert cli.add_unlabeled(command.split()) == 0
+    assert sorted(f.name for f in (dataset / "imagesUn").iterdir()) == [f"MR_00{n}_T1_0000.nii.gz" for n in (7, 8)]
 
 
 # --------------------------------------------------------------------------------------------------------- a new method

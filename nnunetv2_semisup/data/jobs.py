@@ -1,4 +1,4 @@
-"""Run a function over many cases in several processes, with a progress bar."""
+"""Run a function over many cases in several processes, and tell the progress."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,38 +18,61 @@ from tqdm import tqdm
 
 from nnunetv2_semisup.errors import InputError
 
+LINE_EVERY = 10  # seconds between lines that tell the progress
 
-def run_jobs(function: Callable, jobs: Sequence, processes: int, description: str | None = None) -> list:
-    """Apply ``function`` to each job, with a progress bar; the first error stops everything.
+
+def run_jobs(function: Callable, jobs: Sequence, processes: int, description: str) -> list:
+    """Apply ``function`` to each job; the first error stops everything.
+
+    Progress goes to stderr: a bar, or a line now and then where that is no terminal.
 
     Args:
         function: module-level function of one argument, picklable.
         jobs: its arguments, picklable.
         processes: 1 runs in this process, more in freshly started ones.
-        description: of the progress bar.
+        description: what is told with the progress, e.g. "Reading images".
 
     Returns:
         results in the order of ``jobs``.
     """
     if processes < 1:
         raise InputError(f"-np {processes}: at least 1 process is needed")
-    with tqdm(total=len(jobs), unit="case", desc=description, disable=None) as bar:
+    with _progress(len(jobs), description) as update:
         if min(processes, len(jobs)) <= 1:
             results = []
             for job in jobs:
                 results.append(function(job))
-                bar.update()
+                update()
             return results
-        return _run_in_processes(function, jobs, min(processes, len(jobs)), bar)
+        return _run_in_processes(function, jobs, min(processes, len(jobs)), update)
 
 
-def _run_in_processes(function: Callable, jobs: Sequence, processes: int, bar: tqdm) -> list:
+@contextlib.contextmanager
+def _progress(total: int, description: str) -> Iterator[Callable[[], object]]:
+    """A function to call after each case."""
+    with tqdm(total=total, unit="case", desc=description, disable=None) as bar:
+        if not bar.disable:
+            yield bar.update
+            return
+        done, told = 0, time.monotonic()
+
+        def update() -> None:
+            nonlocal done, told
+            done += 1
+            if time.monotonic() - told >= LINE_EVERY:
+                print(f"{description}: {done} of {total} cases", file=sys.stderr, flush=True)
+                told = time.monotonic()
+
+        yield update
+
+
+def _run_in_processes(function: Callable, jobs: Sequence, processes: int, update: Callable[[], object]) -> list:
     try:
         with worker_pool(processes) as pool:
             futures = [submit(pool, function, job) for job in jobs]
             for future in as_completed(futures):
                 future.result()
-                bar.update()
+                update()
             return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise InputError(f"a worker process died, perhaps for lack of memory; try -np {processes // 2}") from error

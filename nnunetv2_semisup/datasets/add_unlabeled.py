@@ -14,9 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
-from nnunetv2_semisup.data import checks
 from nnunetv2_semisup.data.folders import (
     RAW_FOLDER,
     channel_count,
@@ -28,9 +26,9 @@ from nnunetv2_semisup.data.folders import (
 )
 from nnunetv2_semisup.data.headers import turns_images
 from nnunetv2_semisup.data.jobs import run_jobs
-from nnunetv2_semisup.datasets import dicom, images
+from nnunetv2_semisup.datasets import images
+from nnunetv2_semisup.datasets.check_incoming import Seen, far_spacings, look, read_channels, refusals, try_look
 from nnunetv2_semisup.datasets.incoming import (
-    PHOTOGRAPHS,
     Incoming,
     find_incoming,
     other_kinds,
@@ -39,42 +37,14 @@ from nnunetv2_semisup.datasets.incoming import (
 )
 from nnunetv2_semisup.datasets.raw import find_dataset, locked
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import listed, read_json, read_object, write_json
+from nnunetv2_semisup.files import listed, read_object, write_json
 
 RECORD = "added_unlabeled.json"  # in the dataset's folder: case -> source and hash
 WORK = ".tmp_unlabeled"  # there too, while images are written
 PLAN = ".plan"  # ending, there: what is to be done with the files of a case
 PREVIEWS = "previews_unlabeled"  # there too
 JUDGED = {"imagesTs": "test", "imagesVal": "validation"}  # images that training should not see
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What is known of a case after reading it.
-
-    Attributes:
-        case: its id.
-        file: its first one, for errors.
-        hash: of its content.
-        channels: number of channels.
-        axes: number of axes of a channel, 2 or 3.
-        spacing: x, y(, z) in mm.
-        has_side: it was read from a file beside the image.
-        orientation: e.g. "LPS"; "" for 2D images.
-        like_label: whole numbers and fewer than 10 different ones.
-        worthless: why it shows nothing, or "".
-    """
-
-    case: str
-    file: Path
-    hash: str
-    channels: int
-    axes: int
-    spacing: tuple[float, ...]
-    has_side: bool
-    orientation: str
-    like_label: bool
-    worthless: str
+MOST_REASONS = 10  # of refused images, told at once
 
 
 def add_unlabeled(
@@ -84,6 +54,8 @@ def add_unlabeled(
     dry_run: bool = False,
     previews: int = 0,
     processes: int = 1,
+    allow_test_images: bool = False,
+    skip_refused: bool = False,
 ) -> str:
     """Check the images of ``folder`` and bring them into ``imagesUn``.
 
@@ -96,218 +68,152 @@ def add_unlabeled(
         dry_run: check only.
         previews: number of new cases with a picture, evenly chosen.
         processes: number of processes.
+        allow_test_images: bring in test and validation images, too, with a warning; else they are left out.
+        skip_refused: bring in the other images where some cannot serve.
 
     Returns:
         a report for people.
 
     Raises:
-        InputError: an image cannot serve; nothing was brought in.
+        InputError: images cannot serve; it names them, and nothing was brought in.
     """
     raw = find_dataset(dataset)
     source = _checked_folder(folder)
     if previews < 0:
         raise InputError(f"--previews {previews}: give 0 or more")
+    add = partial(_add, raw, source, reorient, previews, processes, allow_test_images, skip_refused)
     if dry_run:
-        return _add(raw, source, reorient, True, 0, processes)
+        return add(dry_run=True)
     with locked(raw / ".unlabeled.lock", f"another process is adding images to {raw}"):
         _finish_moves(raw)
-        return _add(raw, source, reorient, False, previews, processes)
+        return add(dry_run=False)
 
 
-def _add(raw: Path, source: Path, reorient: bool, dry_run: bool, previews: int, processes: int) -> str:
+def _add(
+    raw: Path,
+    source: Path,
+    reorient: bool,
+    previews: int,
+    processes: int,
+    allow_test_images: bool,
+    skip_refused: bool,
+    dry_run: bool,
+) -> str:
     dataset_json = read_dataset_json(raw)
     ending, channels = dataset_json["file_ending"], channel_count(dataset_json)
     labelled_files = labelled_cases(raw, dataset_json)
     reader = reader_class(dataset_json, labelled_files).__name__
     if any((raw / RAW_FOLDER).glob("[!.]*")):
         find_unlabeled_cases(raw, dataset_json)  # what is wrong there would be wrong afterwards too
-    incoming, others = find_incoming(source, files_per_case(raw, dataset_json), ending)
+    incoming, others, refused = find_incoming(source, files_per_case(raw, dataset_json), ending)
     images.check_inside([file for item in incoming for files in item.sources for file in files], source)
     images.check_inside([item.side for item in incoming if item.side], source)
 
-    known = {
+    there = {
         "imagesTr": [
             Incoming(case, tuple((Path(file),) for file in files["images"]), side_file(Path(files["images"][0])))
             for case, files in labelled_files.items()
         ],
         **{name: present_cases(raw / name, ending) for name in (RAW_FOLDER, *JUDGED)},
     }
-    jobs = [item for items in known.values() for item in items]
     by_nibabel = reader.startswith("Nibabel")
-    seen = run_jobs(partial(look, by_nibabel=by_nibabel), [*jobs, *incoming], processes, "Reading images")
-    facts = dict(zip((id(item) for item in (*jobs, *incoming)), seen, strict=True))
-    labelled = [facts[id(item)] for item in known["imagesTr"]]
-    hashes = {name: {facts[id(item)].hash: item.case for item in items} for name, items in known.items()}
+    jobs = [(name, item) for name, items in there.items() for item in items]
+    facts = run_jobs(
+        partial(look, by_nibabel=by_nibabel), [item for _, item in jobs], processes, "Reading the dataset's images"
+    )
+    known = {name: [fact for (where, _), fact in zip(jobs, facts, strict=True) if where == name] for name in there}
+    labelled = known["imagesTr"]
+    hashes = {name: {fact.hash: fact.case for fact in seen} for name, seen in known.items()}
+    looked = run_jobs(partial(try_look, by_nibabel=by_nibabel), incoming, processes, "Reading images")
 
-    new, skipped = [], []
+    new: list[tuple[Incoming, Seen]] = []
     here: dict[str, str] = {}
-    for item in incoming:
-        digest = facts[id(item)].hash
-        double = hashes["imagesTr"].get(digest) or hashes[RAW_FOLDER].get(digest) or here.get(digest)
-        if double:
-            skipped.append(f"{item.case} = {double}")
-            continue
-        here[digest] = item.case
-        new.append(item)
-    _check_names(raw, new, facts, known)
-    warnings = _check_facts([facts[id(item)] for item in new], labelled, channels, reorient, turns_images(reader))
-    for name, kind in JUDGED.items():
-        both = [f"{case} = {hashes[name][digest]}" for digest, case in here.items() if digest in hashes[name]]
-        if both:
-            warnings.append(
-                f"{len(both)} of them are {kind} images of {name} ({listed(both, 1000)}): training sees them, so "
-                f"results on them are transductive and must be reported as such"
-            )
+    doubles, judged = [], []
+    for item, fact in zip(incoming, looked, strict=True):
+        if isinstance(fact, str):
+            refused[item.case] = fact
+        elif double := hashes["imagesTr"].get(fact.hash) or hashes[RAW_FOLDER].get(fact.hash) or here.get(fact.hash):
+            doubles.append(f"{item.case} = {double}")
+        elif not allow_test_images and (place := next((name for name in JUDGED if fact.hash in hashes[name]), "")):
+            judged.append(f"{item.case} = {place}/{hashes[place][fact.hash]}")
+        elif fault := _name_taken(raw, fact, known):
+            refused[item.case] = fault
+        else:
+            here[fact.hash] = item.case
+            new.append((item, fact))
+    refused |= refusals([fact for _, fact in new], labelled, channels, reorient, turns_images(reader))
+    new = [(item, fact) for item, fact in new if item.case not in refused]
+    if refused and not skip_refused:
+        raise _refusal(refused, len(new))
 
-    if not dry_run and new:
+    gone: list[str] = []
+    if not dry_run:
+        gone = _drop_gone(raw, ending)
         turn = labelled[0].orientation if reorient and labelled else ""
-        moves = [_Move(item, facts[id(item)].hash, raw / WORK, ending, turn, by_nibabel) for item in new]
-        _bring(raw, moves, processes)
-        _save_previews(raw, new, ending, previews)
+        _bring(raw, [_Move(item, fact.hash, raw / WORK, ending, turn, by_nibabel) for item, fact in new], processes)
+        _save_previews(raw, [item.case for item, _ in new], ending, previews)
     done = "would be brought in (dry run)" if dry_run else "brought in"
     lines = [f"{raw / RAW_FOLDER}: {len(new)} cases {done}"]
-    if skipped:
-        lines.append(f"  left out, there already with the same content: {listed(skipped)}")
+    if doubles:
+        lines.append(f"left out, there already with the same content: {listed(doubles)}")
+    if judged:
+        lines.append(
+            f"left out, {len(judged)} test or validation images: {listed(judged)}; --allow_test_images brings them in"
+        )
+    if refused:
+        lines += [f"left out, {len(refused)} refused:", *(f"  {text}" for text in _reasons(refused))]
+    if gone := [case for case in gone if case not in here.values()]:
+        lines.append(f"note: {RECORD} does not list any more what was removed from {RAW_FOLDER}: {listed(gone)}")
     if others:
-        lines.append(f"  note: {other_kinds(others)}")
-    return "\n".join([*lines, *(f"  WARNING: {text}" for text in warnings)])
+        lines.append(f"note: {other_kinds(others)}")
+    if far := far_spacings([fact for _, fact in new], labelled):
+        lines.append(f"WARNING: spacing below half or above twice that of the labelled images: {listed(far)}")
+    unlabelled = hashes[RAW_FOLDER] | {fact.hash: item.case for item, fact in new}
+    for name, kind in JUDGED.items():
+        if both := [
+            f"{case} = {hashes[name][digest]}" for digest, case in unlabelled.items() if digest in hashes[name]
+        ]:
+            lines.append(
+                f"WARNING: {len(both)} unlabelled images are {kind} images of {name} ({listed(both)}): your {kind} "
+                f"result will be too good, because training sees the {kind} images; remove them from {RAW_FOLDER}, or "
+                f"report the result as transductive"
+            )
+    return "\n  ".join(lines)
+
+
+def _name_taken(raw: Path, fact: Seen, known: dict[str, list[Seen]]) -> str:
+    """What is wrong if another image has its name; the same image in imagesTs or imagesVal is told elsewhere."""
+    for name, seen in known.items():
+        taken = next((other for other in seen if other.case == fact.case), None)
+        if taken and not (name in JUDGED and taken.hash == fact.hash):
+            return f"{fact.file}: {raw / name} has another image named {fact.case}; rename the new one"
+    return ""
+
+
+def _reasons(refused: dict[str, str]) -> list[str]:
+    """The first ten reasons, and how many more there are."""
+    reasons = list(dict.fromkeys(refused.values()))
+    return [*reasons[:MOST_REASONS], *([f"and {more} more"] if (more := len(reasons) - MOST_REASONS) > 0 else [])]
+
+
+def _refusal(refused: dict[str, str], others: int) -> InputError:
+    """One line that names all that is refused."""
+    reasons = _reasons(refused)
+    text = reasons[0]
+    if len(reasons) > 1:
+        text = f"{len(refused)} images are refused, none was brought in: {' | '.join(reasons)}"
+    hint = " | " if len(reasons) > 1 else "; "
+    return InputError(text + (f"{hint}--skip_refused brings in the other {others}" if others else ""))
 
 
 def _checked_folder(folder: Path) -> Path:
-    if folder.is_file() and folder.name.lower().endswith(images.ARCHIVES):
-        raise InputError(f"{folder} is an archive: unpack it and give the folder")
+    if folder.is_file():
+        if folder.name.lower().endswith(images.ARCHIVES):
+            raise InputError(f"{folder} is an archive: unpack it and give the folder")
+        raise InputError(f"{folder} is a file: give the folder that holds the images")
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder")
+        raise InputError(f"{folder.absolute()} is no folder: correct the spelling, or give the absolute path")
     return folder.resolve()
-
-
-# --------------------------------------------------------------------------------------------------------- checking
-
-
-def look(item: Incoming, by_nibabel: bool = False) -> Seen:
-    """Read and check all channels of a case.
-
-    Args:
-        item: the case.
-        by_nibabel: read NIfTI as the data set's own reader does, which is one of nnU-Net's two that use nibabel.
-    """
-    channels = _read(item, by_nibabel)
-    first = channels[0]
-    axes = min(first.GetDimension(), 3)
-    for channel, files in zip(channels, item.sources, strict=True):
-        checks.check_image(sitk.GetArrayViewFromImage(channel), files[0], axes=(2, 3, 4))
-        if channel.GetSize() != first.GetSize() or not images.same_geometry(channel, first):
-            raise InputError(f"{files[0]}: shape or geometry differ from {item.sources[0][0]}; resample it first")
-    if first.GetDimension() == 4:  # the channels are the fourth axis
-        if len(channels) > 1:
-            raise InputError(f"{item.sources[0][0]}: a fourth axis beside other channels; give one file per channel")
-        number = first.GetSize()[3]
-    else:
-        number = sum(channel.GetNumberOfComponentsPerPixel() for channel in channels)
-    turned = images.orientation(first) if axes == 3 else ""
-    few, worthless = _has_few_values(sitk.GetArrayViewFromImage(first)), ""
-    try:
-        for channel, files in zip(channels, item.sources, strict=True):
-            checks.check_shows_something(sitk.GetArrayViewFromImage(channel), files[0])
-    except InputError as error:  # of new images only: nnU-Net takes labelled ones as they are
-        worthless = str(error)
-    spacing = _side_spacing(item.side) if item.side else first.GetSpacing()[:axes]
-    file, digest = item.sources[0][0], images.content_hash(channels)
-    return Seen(item.case, file, digest, number, axes, spacing, item.side is not None, turned, few, worthless)
-
-
-def _side_spacing(file: Path) -> tuple[float, ...]:
-    """x, y, z in mm, of a file that has them as nnU-Net reads them, ``{"spacing": [z, y, x]}``."""
-    content = read_json(file, "correct it")
-    spacing = content.get("spacing") if isinstance(content, dict) else None
-    if (
-        not isinstance(spacing, list)
-        or len(spacing) != 3
-        or not all(type(value) in (int, float) and 0 < value < np.inf for value in spacing)
-    ):
-        raise InputError(f'{file}: expected {{"spacing": [z, y, x]}}, three numbers above 0 in mm; correct it')
-    return tuple(map(float, spacing[::-1]))
-
-
-def _has_few_values(array: np.ndarray) -> bool:
-    if len(np.unique(array.ravel()[::101])) >= 10:  # enough for nearly all images, and quick
-        return False
-    values = np.unique(array)
-    return len(values) < 10 and bool((values == np.round(values)).all())
-
-
-def _read(item: Incoming, by_nibabel: bool) -> list[sitk.Image]:
-    channels = []
-    for files in item.sources:
-        image = dicom.read_series(files) if len(files) > 1 else images.read_image(files[0], by_nibabel=by_nibabel)
-        wrong = image.GetDimension() > 2 and image.GetNumberOfComponentsPerPixel() > 1
-        if wrong or image.GetDimension() not in (2, 3, 4):
-            raise InputError(f"{files[0]}: several values per voxel or a time axis; split it into one file per channel")
-        channels.append(image)
-    return channels
-
-
-def _check_names(raw: Path, new: list[Incoming], facts: dict[int, Seen], known: dict[str, list[Incoming]]) -> None:
-    """Names that are taken by other images; the same image in imagesTs or imagesVal is a warning elsewhere."""
-    for name, items in known.items():
-        taken = {item.case: facts[id(item)].hash for item in items}
-        for item in new:
-            if item.case in taken and not (name in JUDGED and taken[item.case] == facts[id(item)].hash):
-                raise InputError(
-                    f"{item.sources[0][0]}: {raw / name} has another image named {item.case}; rename the new one"
-                )
-
-
-def _check_facts(
-    new: list[Seen], labelled: Sequence[Seen], channels: int, reorient: bool, reader_turns: bool
-) -> list[str]:
-    """Errors for channels, axes and orientation, and for images like labels; warnings for spacing."""
-    for fact in new:
-        if fact.worthless:
-            raise InputError(fact.worthless)
-        if fact.channels != channels:
-            four = " (the fourth is transparency, save it without)" if (fact.channels, channels) == (4, 3) else ""
-            raise InputError(
-                f"{fact.file}: it has {fact.channels} channels{four}, dataset.json declares {channels}; remove or "
-                f"complete it"
-            )
-        allowed = {other.axes for other in labelled} or ({2, 3} if fact.file.suffix.lower() in PHOTOGRAPHS else {3})
-        if fact.axes not in allowed:
-            raise InputError(
-                f"{fact.file}: an image of {fact.axes} axes, the labelled ones have {min(allowed)}; nnU-Net would "
-                f"stretch it into a volume: leave it out"
-            )
-    bare = [str(fact.file) for fact in new if not fact.has_side]
-    if bare and any(fact.has_side for fact in labelled):
-        raise InputError(
-            f"{listed(bare, 3)}: no file CASE.json with the voxel size beside it, as labelled images have, so nnU-Net "
-            f'would take it for 1 mm; add it, {{"spacing": [z, y, x]}} in mm'
-        )
-    usual = {fact.orientation for fact in labelled}
-    turned = [f"{fact.case} ({fact.orientation})" for fact in new if usual and fact.orientation not in usual]
-    if reader_turns:
-        turned = []
-    if turned and reorient and len(usual) > 1:
-        raise InputError(
-            f"--reorient: the labelled images have several orientations themselves ({listed(sorted(usual))})"
-        )
-    if turned and not reorient:
-        raise InputError(
-            f"{listed(turned)}: the axes point elsewhere than in the labelled images ({listed(sorted(usual))}) and "
-            f"nnU-Net does not turn images; --reorient turns them without loss"
-        )
-    few = [str(fact.file) for fact in new if fact.like_label]
-    if few and not any(fact.like_label for fact in labelled):
-        raise InputError(
-            f"{listed(few, 3)}: labels? Fewer than 10 different values, all of them whole numbers, unlike the labelled "
-            f"images; move them away. Should they be images, put them into {RAW_FOLDER} by hand"
-        )
-    if not labelled or not new or len({len(fact.spacing) for fact in (*labelled, *new)}) > 1:
-        return []
-    spacings = np.sort([fact.spacing for fact in labelled], axis=1)  # the order of the axes may differ
-    low, high = spacings.min(axis=0) / 2, spacings.max(axis=0) * 2
-    far = [fact.case for fact in new if ((np.sort(fact.spacing) < low) | (np.sort(fact.spacing) > high)).any()]
-    return [f"spacing below half or above twice that of the labelled images: {listed(far)}"] if far else []
 
 
 # --------------------------------------------------------------------------------------------------------- bringing
@@ -324,6 +230,8 @@ class _Move:
 
 
 def _bring(raw: Path, moves: list[_Move], processes: int) -> None:
+    if not moves:
+        return
     (raw / WORK).mkdir()
     try:
         run_jobs(_write_case, moves, processes, "Writing images")
@@ -335,7 +243,7 @@ def _write_case(move: _Move) -> None:
     """Write all files of a case to the work folder, and then what is to be done with them."""
     item = move.item
     targets = [f"{item.case}_{channel:04d}{move.ending}" for channel in range(len(item.sources))]
-    for image, files, target in zip(_read(item, move.by_nibabel), item.sources, targets, strict=True):
+    for image, files, target in zip(read_channels(item, move.by_nibabel), item.sources, targets, strict=True):
         turn = move.orientation and images.orientation(image) != move.orientation
         if len(files) == 1 and files[0].name.endswith(move.ending) and not turn:
             shutil.copyfile(files[0], move.work / target)
@@ -366,14 +274,24 @@ def _finish_moves(raw: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _save_previews(raw: Path, new: Sequence[Incoming], ending: str, number: int) -> None:
+def _drop_gone(raw: Path, ending: str) -> list[str]:
+    """Take cases whose images were removed by hand out of the record, and return them."""
+    file = raw / RECORD
+    record = read_object(file, "repair or remove it") if file.exists() else {}
+    gone = [case for case in record if not (raw / RAW_FOLDER / f"{case}_0000{ending}").exists()]
+    if gone:
+        write_json(file, {case: entry for case, entry in record.items() if case not in gone})
+    return gone
+
+
+def _save_previews(raw: Path, cases: Sequence[str], ending: str, number: int) -> None:
     """Pictures of some new cases, as they are in ``imagesUn``, first channel."""
-    if not number:
+    if not number or not cases:
         return
     from nnunetv2_semisup.datasets.preview import save_preview
 
     (raw / PREVIEWS).mkdir(exist_ok=True)
-    for index in sorted(set(np.linspace(0, len(new) - 1, number).astype(int))):
-        case = new[index].case
+    for index in sorted(set(np.linspace(0, len(cases) - 1, number).astype(int))):
+        case = cases[index]
         image = images.read_image(raw / RAW_FOLDER / f"{case}_0000{ending}")
         save_preview(image, None, raw / PREVIEWS / f"{case}.png", case)

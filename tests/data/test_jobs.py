@@ -29,7 +29,7 @@ if __name__ == "__main__":
     from nnunetv2_semisup.data.jobs import run_jobs
 
     try:
-        run_jobs(hang, [0, 1], 2)
+        run_jobs(hang, [0, 1], 2, "Hanging")
     finally:
         alive = [name for name in FOLDER.glob("*.pid") if Path("/proc", name.stem).exists()]
         (FOLDER / "released").write_text(f"{len(alive)} alive")
@@ -47,7 +47,16 @@ def test_a_worker_that_dies_while_another_is_started(error, raised, monkeypatch)
 
     monkeypatch.setattr(ProcessPoolExecutor, "_adjust_process_count", fail)
     with pytest.raises(raised, match="a worker process died|Too many open files"):
-        jobs.run_jobs(abs, [1, 2], 2)
+        jobs.run_jobs(abs, [1, 2], 2, "Trying")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_progress_is_told_where_stderr_is_no_terminal(processes, monkeypatch, capsys):
+    assert jobs.run_jobs(abs, [-1, -2], processes, "Counting") == [1, 2]
+    assert capsys.readouterr().err == ""  # quick work is not worth a line
+    monkeypatch.setattr(jobs, "LINE_EVERY", 0)
+    assert jobs.run_jobs(abs, [-1, -2], processes, "Counting") == [1, 2]
+    assert capsys.readouterr().err == "Counting: 1 of 2 cases\nCounting: 2 of 2 cases\n"
 
 
 def is_alive(worker: int) -> bool:

@@ -213,6 +213,53 @@ def test_missing_test_patients(raw, tmp_path):
     assert "2 in imagesTs, 1 patients; 1 patients missing: patient013" in report
 
 
+def test_without_test_patients_the_report_says_where_to_evaluate(raw, tmp_path):
+    source = make_source("h5", tmp_path / "source")
+    for file in (source / "data").glob("patient01*"):
+        file.unlink()
+    report = acdc.convert(source, 27, "1", allow_missing_test=True)
+    assert "no test patients are at hand: evaluate on imagesVal and labelsVal" in report.splitlines()[-2]
+    for file in (source / "data").glob("patient028*"):
+        file.unlink()
+    assert "evaluate on labelled cases that you keep" in acdc.convert(source, 28, "1", allow_missing_test=True)
+
+
+def test_lists_of_frames_are_lists_of_patients(raw, tmp_path):
+    frames = [f"{patient}_frame{number}" for patient in (TRAIN[0], TRAIN[4]) for number in ("01", "02")]
+    list_file = write_list(tmp_path / "train_2_label.list", frames)
+    acdc.convert(make_source("nifti", tmp_path / "source"), 27, str(list_file))
+    labelled = {f"{patient}_{frame}" for patient in (TRAIN[0], TRAIN[4]) for frame in ("ED", "ES")}
+    assert names(raw / "Dataset027_ACDC" / "imagesTr") == labelled
+
+
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        (["patient099_frame01"], "x.list: one frame only of patient099, .*: write patient099, or list the other"),
+        (
+            ["patient099_frame01_slice_3"],
+            r"x.list: it lists slices \(patient099_frame01_slice_3\), .* write patient099",
+        ),
+        (["patient011_frame01", "patient011_frame02"], "not in the list of training cases: patient011; correct"),
+        (["patient99"], "not in the list of training cases: patient99; correct"),
+    ],
+)
+def test_lists_that_are_not_of_patients(lines, match, raw, tmp_path):
+    """Input: a list of ACDC with one frame of a patient, with slices, or with a patient of another part. Answer: an
+    error that names the line and says what to write.
+    """
+    list_file = write_list(tmp_path / "x.list", lines)
+    refuse(raw, match, acdc.convert, make_source("h5", tmp_path / "source"), 27, str(list_file))
+
+
+def test_the_folder_of_slices_is_not_the_source(raw, tmp_path):
+    source = make_source("h5", tmp_path / "source") / "data"
+    write_h5(source / "slices" / "patient099_frame01_slice_1.h5", image=np.ones((2, 3)))
+    refuse(raw, f"has slices, .*: give the folder above, {source}$", acdc.convert, source / "slices", 27, "1")
+    acdc.convert(source, 27, "1")
+
+
 def test_unknown_layout(raw, tmp_path):
     (tmp_path / "training.zip").write_bytes(b"")
     refuse(raw, "neither patientXXX/Info.cfg nor .*training.zip is there: unpack", acdc.convert, tmp_path, 27, "1")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 
 import nibabel
@@ -83,9 +84,93 @@ def test_doubles_and_test_images(dataset, tmp_path):
     write(tmp_path / "new" / "z1.nrrd", make_ct(9))
     write(tmp_path / "new" / "z2.mha", sitk.Cast(make_ct(9), sitk.sitkFloat32))
     report = add_unlabeled("5", tmp_path / "new")
-    assert added(dataset) == ["y_0000.nii.gz", "z1_0000.nii.gz"]
+    assert added(dataset) == ["z1_0000.nii.gz"] and "WARNING" not in report
     assert "left out, there already with the same content: x = a, z2 = z1" in report
-    assert "WARNING: 1 of them are test images of imagesTs (y = t)" in report and "transductive" in report
+    assert "left out, 1 test or validation images: y = imagesTs/t; --allow_test_images brings them in" in report
+    assert add_unlabeled("5", tmp_path / "new").count("left out") == 2 and added(dataset) == ["z1_0000.nii.gz"]
+
+
+def test_test_images_on_request(dataset, tmp_path, capsys):
+    write(tmp_path / "new" / "y.nrrd", make_ct(2))  # = t of imagesTs
+    told = (
+        "WARNING: 1 unlabelled images are test images of imagesTs (y = t): your test result will be too good, because"
+    )
+    assert cli.add_unlabeled(["-d", "5", str(tmp_path / "new"), "--allow_test_images"]) == 0
+    assert added(dataset) == ["y_0000.nii.gz"] and told in capsys.readouterr().out
+    assert told in add_unlabeled("5", tmp_path / "new")  # as long as they lie there
+    (dataset / "imagesUn" / "y_0000.nii.gz").unlink()
+    report = add_unlabeled("5", tmp_path / "new")
+    assert "WARNING" not in report and "y = imagesTs/t" in report
+    assert "added_unlabeled.json does not list any more what was removed from imagesUn: y" in report
+    assert json.loads((dataset / "added_unlabeled.json").read_text()) == {} and added(dataset) == []
+
+
+def test_what_was_removed_by_hand_is_brought_in_again_and_recorded_once(dataset, tmp_path):
+    for number, name in enumerate("xy"):
+        write(tmp_path / "new" / f"{name}.nrrd", make_ct(20 + number))
+    add_unlabeled("5", tmp_path / "new")
+    for name in "xy":
+        (dataset / "imagesUn" / f"{name}_0000.nii.gz").unlink()
+    (tmp_path / "new" / "y.nrrd").unlink()
+    report = add_unlabeled("5", tmp_path / "new")
+    assert "1 cases brought in" in report and "removed from imagesUn: y" in report
+    assert list(json.loads((dataset / "added_unlabeled.json").read_text())) == ["x"]
+
+
+@pytest.mark.robustness
+def test_all_faults_are_told_at_once_and_can_be_skipped(dataset, tmp_path, capsys):
+    """Input: damaged files, archives, segmentations and whole scans in one folder. Answer: one line that names all
+    that is refused and nothing brought in; with --skip_refused the whole scans are brought in.
+    """
+    new = tmp_path / "new"
+    write(new / "good.nrrd", make_ct(20))
+    for name in ("P1_seg", "P2_seg"):
+        write(new / f"{name}.nii.gz", make_ct(1) > 0)
+    (new / "cut.nrrd").write_bytes(b"NRRD0004")
+    (new / "more.zip").write_bytes(b"")
+    write(new / "a.nrrd", make_ct(21))  # imagesTr has another a
+    write(new / "turned.nii.gz", sitk.DICOMOrient(make_ct(22), "RAS"))
+    write(new / "mask.mha", make_ct(23) > 0)
+    reasons = (
+        "P1_seg.nii.gz, .*P2_seg.nii.gz looks like a segmentation: move segmentations away, only images belong here",
+        "cut.nrrd: damaged", "more.zip is an archive", "another image named a",
+        r"turned \(RAS\): the axes", "mask.mha: lab",
+    )  # fmt: skip
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match="^7 images are refused, none was brought in: ") as caught:
+            add_unlabeled("5", new, dry_run=dry_run)
+        message = str(caught.value)
+        assert all(re.search(reason, message) for reason in reasons) and message.count("_seg for its own files") == 1
+        assert message.endswith("--skip_refused brings in the other 1") and "\n" not in message
+        assert added(dataset) == [] and not (dataset / "added_unlabeled.json").exists()
+    arguments = ["-d", "5", str(new), "--skip_refused"]
+    assert cli.add_unlabeled([*arguments, "--dry-run"]) == 0 and added(dataset) == []
+    assert cli.add_unlabeled(arguments) == 0 and added(dataset) == ["good_0000.nii.gz"]
+    report = capsys.readouterr().out
+    assert report.count("left out, 7 refused:") == 2 and all(re.search(reason, report) for reason in reasons)
+
+
+@pytest.mark.robustness
+def test_many_damaged_files(dataset, tmp_path):
+    """Input: twelve damaged files and no other. Answer: one line with the first ten and the number of the others."""
+    (tmp_path / "new").mkdir()
+    for number in range(12):
+        (tmp_path / "new" / f"x{number:02d}.nrrd").write_bytes(b"NRRD0004")
+    with pytest.raises(InputError, match=r"12 images are refused, .*x09.nrrd.* \| and 2 more$") as caught:
+        add_unlabeled("5", tmp_path / "new")
+    assert "x10.nrrd" not in str(caught.value)
+    report = add_unlabeled("5", tmp_path / "new", skip_refused=True)
+    assert "0 cases brought in" in report and "left out, 12 refused:" in report and "and 2 more" in report
+
+
+def test_a_case_that_two_files_may_be_is_left_out_as_a_whole(dataset, tmp_path):
+    two_channels(dataset)
+    for number, name in enumerate(
+        ["p_x_0000.nrrd", "p/x_0000.nrrd", "p/x_0001.nrrd", "q/x_0000.nrrd", "q/x_0001.nrrd"]
+    ):
+        write(tmp_path / "new" / name, make_ct(20 + number))
+    report = add_unlabeled("5", tmp_path / "new", skip_refused=True)
+    assert added(dataset) == ["q_x_0000.nii.gz", "q_x_0001.nii.gz"] and "would be case p_x as well" in report
 
 
 def test_dry_run_changes_nothing(dataset, tmp_path):
@@ -153,7 +238,7 @@ def test_several_channels(dataset, tmp_path):
         (lambda new: [write(new / f"x{part}.nrrd", make_ct(20)) for part in ("", "_0000")], "would be case x as well"),
         (lambda new: write(new / "\u60a3\u8005.nrrd", make_ct(20)), "has no letter"),
         (lambda new: write_series(new / "s", make_ct(20, size=(7, 6, 1)), "P"), "one file only; complete it, move it"),
-        (lambda new: write(new / "x_seg.nrrd", make_ct(20)), "x_seg.nrrd: nnU-Net keeps names"),
+        (lambda new: write(new / "x_seg.nrrd", make_ct(20)), "x_seg.nrrd looks like a segmentation: move"),
         (
             lambda new: write(new / "x.mha", sitk.JoinSeries([make_ct(20)] * 2)),
             "x.mha: it has 2 channels, .* declares 1",
@@ -277,7 +362,9 @@ def test_validation_images_are_compared(dataset, tmp_path):
     for case, number in (("v", 30), ("w", 31)):
         write(dataset / "imagesVal" / f"{case}_0000.nii.gz", make_ct(number))
     write(tmp_path / "new" / "x.nrrd", make_ct(30))
-    assert "WARNING: 1 of them are validation images of imagesVal (x = v)" in add_unlabeled("5", tmp_path / "new")
+    assert "x = imagesVal/v; --allow_test_images" in add_unlabeled("5", tmp_path / "new") and added(dataset) == []
+    report = add_unlabeled("5", tmp_path / "new", allow_test_images=True)
+    assert "WARNING: 1 unlabelled images are validation images of imagesVal (x = v): your validation result" in report
     write(tmp_path / "new" / "w.nrrd", make_ct(32))
     with pytest.raises(InputError, match="imagesVal has another image named w; rename"):
         add_unlabeled("5", tmp_path / "new")
