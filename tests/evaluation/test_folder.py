@@ -511,6 +511,22 @@ def test_command(folders, capsys):
     assert f"Replaced the earlier {folders.output / 'cases.csv'} and " in capsys.readouterr().out
 
 
+def test_two_evaluations_are_compared(folders, capsys):
+    """As a user does it: evaluate both with largest components, then --compare."""
+    outputs = [folders.output, folders.output.with_name("better")]
+    for seed in range(3):
+        folders.add(f"c{seed}", *arrays(seed))
+    assert command(folders, "--largest_component") == 0
+    for seed in range(3):
+        folders.add(f"c{seed}", arrays(seed)[0], arrays(seed)[0])
+    folders.output = outputs[1]
+    assert command(folders, "--largest_component") == 0
+    capsys.readouterr()
+    assert cli.evaluate(["--compare", *map(str, outputs)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("mean over 2 labels") == 2 and out.count("100.0 ± 0.0") >= 3 and "3 of 3" in out
+
+
 def test_command_with_wrong_input(folders, capsys):
     folders.add("c", *arrays(0))
     (folders.prediction / "c.nii.gz").unlink()
