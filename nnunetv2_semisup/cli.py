@@ -302,28 +302,52 @@ def export(arguments: list[str] | None = None) -> None:
 def evaluate(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="nnUNetv2_semisup_evaluate",
+        usage="%(prog)s -ref FOLDER -pred FOLDER -djfile FILE -o FOLDER [-np N] [--largest_component]\n"
+        "       %(prog)s --compare BASELINE OTHER [OTHER ...]",
         description="Compare a folder of predictions with a folder of references: Dice, Jaccard, 95% Hausdorff and "
         "average surface distance per case and label, in voxels as published tables have them and in mm. Writes "
-        "cases.csv and summary.json and prints a table.",
+        "cases.csv and summary.json and prints a table. With --compare: two or more such evaluations, case by case.",
     )
-    parser.add_argument("-ref", required=True, metavar="FOLDER", help="label files, e.g. labelsTs")
-    parser.add_argument("-pred", required=True, metavar="FOLDER", help="predictions, named as the label files")
-    parser.add_argument("-djfile", required=True, metavar="FILE", help="dataset.json: labels, regions, ignore label")
-    parser.add_argument("-o", required=True, metavar="FOLDER", help="where cases.csv and summary.json go")
+    needed = [
+        parser.add_argument("-ref", metavar="FOLDER", help="label files, e.g. labelsTs"),
+        parser.add_argument("-pred", metavar="FOLDER", help="predictions, named as the label files"),
+        parser.add_argument("-djfile", metavar="FILE", help="dataset.json: labels, regions, ignore label"),
+        parser.add_argument("-o", metavar="FOLDER", help="where cases.csv and summary.json go"),
+    ]
     parser.add_argument("-np", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     parser.add_argument(
         "--largest_component",
         action="store_true",
         help="a second set of rows: only the largest component of each predicted label",
     )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar=("BASELINE", "OTHER"),
+        help="folders that -o wrote for the same cases: Dice, its difference to the first folder with a 95%% interval, "
+        "and in how many cases it is better. Goes alone",
+    )
     args = parser.parse_args(arguments)
-    from nnunetv2_semisup.evaluation import folder as folder_module
+    given = [a.option_strings[0] for a in needed if getattr(args, a.dest) is not None]
+    if args.compare is not None:
+        if given or args.largest_component:
+            raise InputError(f"--compare reads what was evaluated: leave {(given or ['--largest_component'])[0]} out")
+        from nnunetv2_semisup.evaluation import comparison
 
+        print(comparison.compare_folders(args.compare))
+        return
+    if missing := [a.option_strings[0] for a in needed if a.option_strings[0] not in given]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    from nnunetv2_semisup.evaluation import folder as folder_module
+    from nnunetv2_semisup.evaluation import summary
+
+    cases, statistics = Path(args.o) / "cases.csv", Path(args.o) / "summary.json"
+    wrote = "Replaced the earlier" if cases.exists() else "Wrote"
     rows = folder_module.evaluate_folder(
         Path(args.ref), Path(args.pred), Path(args.djfile), Path(args.o), args.np, args.largest_component
     )
-    print(folder_module.table(folder_module.summarize(rows)))
-    print(f"Wrote {Path(args.o) / 'cases.csv'} and {Path(args.o) / 'summary.json'}")
+    print(summary.table(summary.summarize(rows)))
+    print(f"{wrote} {cases} and {statistics}")
 
 
 @command

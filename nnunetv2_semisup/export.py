@@ -7,6 +7,7 @@ What prediction needs is kept: the network's weights, plans, data set descriptio
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any, Literal
 
 import torch
 
-from nnunetv2_semisup import __version__, files
+from nnunetv2_semisup import __version__, discovery, files, names
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.files import RESULTS, cannot_write, listed, read_object, write_json
+from nnunetv2_semisup.files import RESULTS, cannot_write, read_object, write_json
 from nnunetv2_semisup.training import checkpoints
 
 STOCK = "nnUNetTrainer"
 PROVENANCE = "semisup_provenance.json"
+LAST = "checkpoint_final.pth"
+END_FIRST = "train to the end first, or name another checkpoint with -chk"
+SHOWN = 3  # commands in a message
 Weights = Literal["as_trained", "student", "teacher"]
 
 
@@ -32,7 +36,7 @@ def export(
     folds: list[str],
     output: Path,
     weights: Weights = "as_trained",
-    checkpoint: str = "checkpoint_final.pth",
+    checkpoint: str = LAST,
 ) -> str:
     """Write a model as a folder, or as a zip file for ``nnUNetv2_install_pretrained_model_from_zip``.
 
@@ -55,8 +59,11 @@ def export(
     source = files.find_dataset(dataset, RESULTS, "train first, or give the id of a data set that was trained")
     model = source / f"{trainer}__{plans}__{configuration}"
     if not model.is_dir():
-        there = listed([f.name for f in sorted(source.iterdir()) if "__" in f.name])
-        raise InputError(f"{model} does not exist: there are {there or 'no models'}")
+        asked = trainer, plans, configuration
+        options = ["-o", str(output)]
+        options += ["--weights", weights] if weights != "as_trained" else []
+        options += ["-chk", checkpoint] if checkpoint != LAST else []
+        raise InputError(f"{model} does not exist: {_instead(source, dataset, asked, options, checkpoint)}")
     name = Path(source.name) / f"{STOCK}__{plans}__{configuration}"
     target = output if output.suffix == ".zip" else output / name
     if target.exists():
@@ -87,6 +94,33 @@ def export(
     return f"{target}\n  install: {how}\n  use, without this package: {use}{warning if unused else ''}"
 
 
+def _instead(source: Path, dataset: str, asked: tuple[str, str, str], options: list[str], checkpoint: str) -> str:
+    """The commands that export what there is, the most similar to trainer, plans and configuration ``asked`` first."""
+    wanted = (names.split_epochs(asked[0])[0], *asked[1:])
+    found = []
+    for folder in sorted(source.iterdir()):
+        folds = _trained_folds(folder, checkpoint)
+        trainer, *rest = folder.name.split("__")
+        stem = names.split_epochs(trainer)[0]
+        if len(rest) != 2 or not folds or stem not in discovery.trainers():
+            continue
+        plans, configuration = rest
+        model = ["-d", dataset, "-tr", trainer, "-p", plans, "-c", configuration, "-f", *folds]
+        equal = sum(a == b for a, b in zip(wanted, (stem, plans, configuration), strict=True))
+        found.append((-equal, shlex.join(["nnUNetv2_semisup_export", *model, *options])))
+    if not found:
+        return f"no trainer of ours has a {checkpoint} in {source}: {END_FIRST}"
+    commands = [command for _, command in sorted(found)]
+    more = f" ({len(commands) - SHOWN} more in {source})" if len(commands) > SHOWN else ""
+    return f"what is trained is exported by {' or by '.join(commands[:SHOWN])}{more}"
+
+
+def _trained_folds(model: Path, checkpoint: str) -> list[str]:
+    """For ``-f``: ``all`` alone, or else the numbers of the folds that have the checkpoint."""
+    folds = sorted(f.name.removeprefix("fold_") for f in model.glob("fold_*") if (f / checkpoint).is_file())
+    return ["all"] if "all" in folds else folds
+
+
 def _write_model(
     model: Path, folder: Path, trainer: str, folds: list[str], weights: Weights, checkpoint: str
 ) -> dict[str, Any]:
@@ -100,7 +134,9 @@ def _write_model(
     for fold in folds:
         file = model / f"fold_{fold}" / checkpoint
         if not file.is_file():
-            raise InputError(f"{file} does not exist: name folds that are trained with -f")
+            trained = _trained_folds(model, checkpoint)
+            remedy = f"there is -f {' '.join(trained)}" if trained else f"no fold has it: {END_FIRST}"
+            raise InputError(f"{file} does not exist: {remedy}")
         content = checkpoints.load_plain(str(file))
         ours = content.pop(checkpoints.KEY, None)
         if not isinstance(ours, dict):

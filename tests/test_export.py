@@ -86,10 +86,13 @@ def test_plain_nnunet_predicts_the_same(tiny, trained, tmp_path, capsys):
         (["-d", "77", "-tr", NAME], ("-d 77", "no dataset")),
         (
             ["-d", "901", "-tr", "nnUNetTrainerOther"],
-            ("nnUNetTrainerOther__nnUNetPlans__3d_fullres does not exist", NAME),
+            (
+                "nnUNetTrainerOther__nnUNetPlans__3d_fullres does not exist",
+                f"nnUNetv2_semisup_export -d 901 -tr {NAME} -p nnUNetPlans -c 3d_fullres -f all -o ",
+            ),
         ),
-        (["-d", "901", "-tr", NAME, "-f", "3"], ("fold_3", "-f")),
-        (["-d", "901", "-tr", NAME, "-chk", "checkpoint_x.pth"], ("checkpoint_x.pth",)),
+        (["-d", "901", "-tr", NAME, "-f", "3"], ("fold_3", "there is -f all")),
+        (["-d", "901", "-tr", NAME, "-chk", "checkpoint_x.pth"], ("checkpoint_x.pth", "no fold has it")),
     ],
 )
 def test_wrong_input(tiny, trained, tmp_path, capsys, arguments, words):
@@ -106,6 +109,37 @@ def test_a_model_that_saw_no_unlabelled_image_is_named(tiny, trained, tmp_path, 
     torch.save(content, file)
     assert cli.export(["-d", "901", "-tr", NAME, "-f", "all", "-o", str(tmp_path / "out")]) == 0
     assert "WARNING: no unlabelled image was used in fold all" in capsys.readouterr().out
+
+
+def export_of_unknown(capsys, *options):
+    assert cli.export(["-d", "901", "-tr", "nnUNetTrainerUAMT", "-p", "small", "-c", "2d", *options]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err.split("does not exist: ")[1].strip()
+
+
+def test_ready_commands_for_what_is_trained(nnunet_raw, capsys):
+    """Of our trainers, with the folds that have the checkpoint; what is most like the wish comes first."""
+    root = nnunet_raw.parent / "nnUNet_results" / "Dataset901_Tiny"
+    (root / "nnUNetTrainer__small__2d" / "fold_all").mkdir(parents=True)
+    (root / "nnUNetTrainer__small__2d" / "fold_all" / "checkpoint_final.pth").write_text("stock")
+    out = ("-o", "my model.zip")
+    assert export_of_unknown(capsys, *out).startswith("no trainer of ours has a checkpoint_final.pth in ")
+    for model, folds in {
+        "nnUNetTrainerBCP__small__3d_fullres": ("0", "2"),
+        "nnUNetTrainerPasteMatch_3epochs__small__2d": ("1", "all"),
+        "nnUNetTrainerUAMT__small__3d_fullres": (),
+    }.items():
+        for fold in folds:
+            (root / model / f"fold_{fold}").mkdir(parents=True)
+            (root / model / f"fold_{fold}" / "checkpoint_final.pth").write_text("ours")
+    commands = (
+        "nnUNetv2_semisup_export -d 901 -tr nnUNetTrainerPasteMatch_3epochs -p small -c 2d -f all -o 'my model.zip'",
+        "nnUNetv2_semisup_export -d 901 -tr nnUNetTrainerBCP -p small -c 3d_fullres -f 0 2 -o 'my model.zip'",
+    )
+    assert export_of_unknown(capsys, *out) == f"what is trained is exported by {' or by '.join(commands)}"
+    assert "no trainer of ours has a x.pth" in export_of_unknown(capsys, *out, "-chk", "x.pth")
+    assert "-o m.zip --weights teacher or by " in export_of_unknown(capsys, "-o", "m.zip", "--weights", "teacher")
 
 
 def test_nothing_is_overwritten(tiny, trained, tmp_path, capsys):

@@ -28,12 +28,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from nnunetv2_semisup.benchmark import costs, statistics, table
+from nnunetv2_semisup.benchmark import costs, table
 from nnunetv2_semisup.benchmark.grid import BASELINE, Run
 from nnunetv2_semisup.benchmark.records import WorkFolder
 from nnunetv2_semisup.benchmark.table import Comparison
 from nnunetv2_semisup.data.folders import read_dataset_json
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.evaluation import statistics
 from nnunetv2_semisup.files import whole_file
 from nnunetv2_semisup.names import split_epochs
 

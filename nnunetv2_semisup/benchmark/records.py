@@ -21,8 +21,8 @@ from filelock import FileLock
 from nnunetv2_semisup import __version__, files
 from nnunetv2_semisup.benchmark.grid import Run
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.evaluation import folder as evaluation
 from nnunetv2_semisup.evaluation.metrics import METRICS
+from nnunetv2_semisup.evaluation.summary import COLUMNS, summarize
 from nnunetv2_semisup.files import read_json, write_json
 
 FORMAT = 1
@@ -152,7 +152,7 @@ def hardware(device: str) -> str:
 
 # --------------------------------------------------------------------------------------------------------- as tables
 
-CASE_COLUMNS = ("inference", *evaluation.COLUMNS)
+CASE_COLUMNS = ("inference", *COLUMNS)
 RUN_COLUMNS = (
     *("run", "dataset", "labeled", "trainer", "epochs", "steps", "resumed", "seed", "fold", "configuration", "plans"),
     *("inference", "postprocessing", *METRICS, "failures"),
@@ -216,7 +216,7 @@ def run_rows(record: dict) -> list[dict]:
     rows = []
     for inference, part in record["evaluations"].items():
         cases = [{k: math.nan if v is None else v for k, v in case.items()} for case in part["cases"]]
-        for postprocessing, summary in evaluation.summarize(cases).items():
+        for postprocessing, summary in summarize(cases).items():
             means = {metric: summary["over_labels"][metric]["mean"] for metric in METRICS}
             failures = summary["over_labels"]["dice"]["failures"]
             row = {**record, **means, "failures": failures, "versions": versions, "wall_seconds": wall_seconds(record)}

@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
-from nnunetv2_semisup.benchmark import records, statistics
+from nnunetv2_semisup.benchmark import records
 from nnunetv2_semisup.benchmark.grid import BASELINE, family
 from nnunetv2_semisup.errors import InputError
+from nnunetv2_semisup.evaluation import statistics
 from nnunetv2_semisup.evaluation.metrics import METRICS
 
 #: What must be equal for two trainers to be compared, but for the length.

@@ -21,7 +21,6 @@ import contextlib
 import gzip
 import io
 import math
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,19 +35,8 @@ from nnunetv2_semisup.data.jobs import run_jobs
 from nnunetv2_semisup.data.reading import read_errors
 from nnunetv2_semisup.errors import InputError
 from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks
+from nnunetv2_semisup.evaluation.summary import COLUMNS, POSTPROCESSING, summarize
 from nnunetv2_semisup.files import listed, read_json, write_csv, write_json
-
-COLUMNS = ("case", "label", "postprocessing", *METRICS, "voxels_prediction", "voxels_reference")
-POSTPROCESSING = {"none": "predictions as they are", "largest_component": "largest component of each predicted label"}
-HEADS = {  # of the printed table
-    "dice": "Dice %",
-    "jaccard": "Jaccard %",
-    "hd95_voxel": "95HD voxel",
-    "asd_voxel": "ASD voxel",
-    "hd95_mm": "95HD mm",
-    "assd_mm": "ASSD mm",
-}
-LABEL_WIDTH = 12  # of the printed table; longer names take more lines
 
 
 def evaluate_folder(
@@ -65,8 +53,8 @@ def evaluate_folder(
         reference: folder of label files, e.g. ``labelsTs``.
         prediction: folder of predictions with the same file names. Other file endings are ignored.
         dataset_json: nnU-Net's file with ``labels`` and ``file_ending``.
-        output: created; receives ``cases.csv`` (:data:`COLUMNS`) and ``summary.json`` (:func:`summarize`). None: no
-            files.
+        output: created; receives ``cases.csv`` (:data:`summary.COLUMNS`) and ``summary.json``
+            (:func:`summary.summarize`). None: no files.
         processes: 1 works in this process.
         largest_component: add a second row per case and label, for the largest component of the predicted mask.
 
@@ -96,118 +84,6 @@ def evaluate_folder(
         _write_csv(output / "cases.csv", rows)
         write_json(output / "summary.json", _without_nan(summarize(rows)))
     return rows
-
-
-def summarize(rows: list[dict]) -> dict:
-    """Statistics of the rows of :func:`evaluate_folder`.
-
-    Returns:
-        ``{postprocessing: {"cases": number, "labels": {label: {metric: statistics}}, "over_labels": {metric:
-        statistics}}}`` with the statistics ``mean``, ``sd`` (n - 1), ``median``, ``n``, the number of values behind
-        them, and ``failures``, the number of masks of which exactly one of prediction and reference is empty. Failures
-        are 0 in ``dice`` and ``jaccard`` and are left out of the distances. ``over_labels`` has the mean of the labels'
-        means, as published tables do, and sd and median over the cases' own means over labels. NaN where there is no
-        value.
-    """
-    summary = {}
-    for name in dict.fromkeys(row["postprocessing"] for row in rows):
-        chosen = [row for row in rows if row["postprocessing"] == name]
-        labels = list(dict.fromkeys(row["label"] for row in chosen))
-        per_label = {label: _statistics([row for row in chosen if row["label"] == label]) for label in labels}
-        summary[name] = {
-            "cases": len({row["case"] for row in chosen}),
-            "labels": per_label,
-            "over_labels": _over_labels(chosen, per_label),
-        }
-    return summary
-
-
-def table(summary: dict) -> str:
-    """The summary as text of at most 100 columns: a line per label, mean ± sd of every metric, the failures.
-
-    Dice and Jaccard are in %, the unit of a distance is in its column's head. Metrics in mm are left out where the
-    format has no voxel size. Median and number of values are in summary.json.
-    """
-    return "\n\n".join(_table_of(name, part) for name, part in summary.items())
-
-
-def _table_of(postprocessing: str, part: dict) -> str:
-    labels = part["labels"]
-    groups = {**labels, "(mean)": part["over_labels"]} if len(labels) > 1 else labels
-    heads = {
-        metric: head
-        for metric, head in HEADS.items()
-        if not metric.endswith("_mm") or any(group[metric]["n"] for group in groups.values())
-    }
-    lines = [["label", *heads.values(), "failures"]]
-    for label, group in groups.items():
-        name, *rest = textwrap.wrap(label, LABEL_WIDTH) or [label]
-        values = [_mean_and_sd(group[metric], "%" in head) for metric, head in heads.items()]
-        lines.append([name, *values, str(group["dice"]["failures"])])
-        lines += [[piece, *("" for _ in lines[0][1:])] for piece in rest]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    cases = f"{part['cases']} case{'s' if part['cases'] > 1 else ''}"
-    texts = [f"{cases}, {POSTPROCESSING[postprocessing]}; mean ± sd over cases"]
-    for line in lines:
-        cells = (f"{cell:{'>' if i else '<'}{width}}" for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
-        texts.append("  ".join(cells).rstrip())
-    for label, group in labels.items():
-        if (n := group["dice"]["n"]) < part["cases"]:
-            texts.append(f"{label}: {n} cases, in the others neither prediction nor reference has it")
-    if any(group["dice"]["failures"] for group in labels.values()):
-        texts.append("failure: only one of prediction and reference has the label; Dice 0, left out of the distances")
-    return "\n".join(texts)
-
-
-def _mean_and_sd(values: dict, percent: bool) -> str:
-    """``83.1 ± 5.3``, 11 characters at most for Dice and Jaccard, and for distances below 10,000."""
-    if not values["n"]:
-        return "-"
-    known = [(100 if percent else 1) * value for value in (values["mean"], values["sd"]) if not math.isnan(value)]
-    digits = 1 if percent else max(0, 2 - len(f"{max(known):.0f}") + 1)
-    texts = [f"{value:.{digits}f}" for value in known]
-    return " ± ".join([*texts, "-"][:2])
-
-
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
-def is_failure(row: dict) -> bool:
-    """Whether exactly one of prediction and reference is empty in this row."""
-    return (row["voxels_prediction"] == 0) != (row["voxels_reference"] == 0)
-
-
-def _statistics(rows: list[dict]) -> dict:
-    failures = sum(is_failure(row) for row in rows)
-    return {metric: _describe([row[metric] for row in rows], failures) for metric in METRICS}
-
-
-def _over_labels(rows: list[dict], per_label: dict) -> dict:
-    statistics = {}
-    for metric in METRICS:
-        by_case: dict[str, list[float]] = {}
-        for row in rows:
-            by_case.setdefault(row["case"], []).append(row[metric])
-        failures = sum(label[metric]["failures"] for label in per_label.values())
-        statistics[metric] = _describe([_mean(values) for values in by_case.values()], failures)
-        statistics[metric]["mean"] = _mean([label[metric]["mean"] for label in per_label.values()])
-    return statistics
-
-
-def _describe(values: list[float], failures: int) -> dict:
-    known = [value for value in values if not math.isnan(value)]
-    return {
-        "mean": _mean(known),
-        "sd": float(np.std(known, ddof=1)) if len(known) > 1 else math.nan,
-        "median": float(np.median(known)) if known else math.nan,
-        "n": len(known),
-        "failures": failures,
-    }
-
-
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
 
 
 # ------------------------------------------------------------------------------------------------------- files and jobs
@@ -268,7 +144,10 @@ def _find_jobs(reference: Path, prediction: Path, labels: _Labels, largest_compo
         raise InputError(f"{reference} holds no file that ends with {labels.ending}, dataset.json's file_ending")
     missing, extra = sorted(set(references) - set(predictions)), sorted(set(predictions) - set(references))
     if missing:
-        raise InputError(f"{prediction} lacks predictions of {listed(missing)}: predict them, or evaluate fewer cases")
+        raise InputError(
+            f"{prediction} lacks predictions of {listed(missing)}: predict them too, with nnUNetv2_predict ... "
+            f"-o {prediction} --continue_prediction, or copy the other label files to a folder and name it with -ref"
+        )
     if extra:
         raise InputError(f"{prediction} has files without a reference in {reference}: {listed(extra)}: remove them")
     reader = _reader(labels.content, references[min(references)])

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 
 import nibabel
 import numpy as np
@@ -16,14 +17,15 @@ from skimage import io
 
 from nnunetv2_semisup import cli
 from nnunetv2_semisup.errors import InputError
-from nnunetv2_semisup.evaluation import folder as module
-from nnunetv2_semisup.evaluation.folder import COLUMNS, evaluate_folder, largest_component, summarize, table
+from nnunetv2_semisup.evaluation.folder import evaluate_folder, largest_component
 from nnunetv2_semisup.evaluation.metrics import METRICS, compare_masks
+from nnunetv2_semisup.evaluation.summary import COLUMNS, POSTPROCESSING, summarize, table
 
 QUICK = settings(max_examples=60)
 SPACING = (0.5, 0.75, 2.0)  # x, y, z in mm
 SHAPE = (4, 6, 8)  # z, y, x
 LABELS = {"background": 0, "a": 1, "b": 2}
+HEAD = ("label", "Dice %", "Jaccard %", "95HD voxel", "ASD voxel", "95HD mm", "ASSD mm")
 
 
 def write(file, array, spacing=SPACING, origin=None, direction=None):
@@ -216,9 +218,25 @@ def test_nothing_known_is_nan_and_a_dash():
     distance = summary["none"]["labels"]["a"]["assd_mm"]
     assert math.isnan(distance["mean"]) and math.isnan(distance["sd"]) and distance["n"] == 0
     lines = table(summary).splitlines()
-    assert lines[1].split() == ["label", "Dice", "%", "Jaccard", "%", "95HD", "voxel", "ASD", "voxel", "failures"]
-    assert lines[2].split() == ["a", "0.0", "±", "-", "0.0", "±", "-", "-", "-", "1"]
+    assert re.split(" {2,}", lines[1]) == [*HEAD, "failures"]
+    assert lines[2].split() == ["a", "0.0", "±", "-", "0.0", "±", "-", *["-"] * 4, "1"]
     assert lines[3].startswith("failure: only one of")
+
+
+def test_the_mean_has_no_distance_where_a_label_has_none():
+    rows = [row("c1", "a", 0.5), failed("c1", "b", (0, 5)), failed("c1", "left atrium", (0, 5))]
+    rows += [row("c1", "d", math.nan, (0, 0))]  # nowhere, which is no reason
+    lines = table(summarize(rows)).splitlines()
+    [mean] = [line for line in lines if line.startswith("(mean) ")]
+    assert mean.split() == ["(mean)", "16.7", "±", "-", "16.7", "±", "-", *["-"] * 4, "2"]
+    assert "(mean): no distances, since these labels have none: b, left atrium" in lines
+
+
+def test_without_voxel_size_the_columns_stay():
+    rows = [{**row("c1", "a", 0.5), "hd95_mm": math.nan, "assd_mm": math.nan}]
+    lines = table(summarize(rows)).splitlines()
+    assert re.split(" {2,}", lines[1]) == [*HEAD, "failures"] and lines[2].split()[-3:] == ["-", "-", "0"]
+    assert lines[3] == "mm: unknown, these files have no voxel size"
 
 
 def test_table_has_a_line_per_label_and_the_mean():
@@ -234,17 +252,21 @@ def test_table_has_a_line_per_label_and_the_mean():
 
 
 def test_table_fits_100_columns_and_has_every_postprocessing():
-    """Long names, large numbers, labels that not every case has."""
-    labels = ("left ventricular myocardium", "pulmonary_artery_left", "b")
-    rows = [row(f"c{i}", x, 123.4 * i, postprocessing=p) for p in module.POSTPROCESSING for x in labels for i in (0, 1)]
-    rows += [row("c2", "b", math.nan, (0, 0), postprocessing=p) for p in module.POSTPROCESSING]
+    """Large numbers, labels that not every case has."""
+    labels = ("hippocampus", "a", "b")
+    rows = [row(f"c{i}", x, 123.4 * i, postprocessing=p) for p in POSTPROCESSING for x in labels for i in (0, 1)]
+    rows += [row("c2", "b", math.nan, (0, 0), postprocessing=p) for p in POSTPROCESSING]
     for r in rows:
         r |= {"dice": min(r["dice"], 1.0), "jaccard": min(r["jaccard"], 1.0)}
     text = table(summarize(rows))
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("(mean)") == 2 and "largest component of each predicted label" in text
     assert text.count("b: 2 cases, in the others neither prediction nor reference has it") == 2
-    assert "left" in text and "ventricular" in text and "myocardium" in text and "pulmonary_ar" in text
+
+
+def test_a_label_of_several_words_stands_on_one_line():
+    lines = table(summarize([row("c1", "left ventricular myocardium", 0.5), row("c1", "b", 0.5)])).splitlines()
+    assert lines[2].startswith("left ventricular myocardium  50.0 ± -") and len(lines) == 5
 
 
 # -------------------------------------------------------------------------------------------------------------- formats
@@ -331,7 +353,7 @@ def test_truncated_prediction(folders, part):
 def test_missing_and_extra_predictions(folders):
     folders.add("c1", *arrays(0))
     write(folders.reference / "c2.nii.gz", arrays(1)[0])
-    refused(folders, folders.prediction, "lacks", "c2.nii.gz")
+    refused(folders, folders.prediction, "lacks", "c2.nii.gz", f"-o {folders.prediction} --continue_prediction", "-ref")
     write(folders.prediction / "c2.nii.gz", arrays(1)[1])
     write(folders.prediction / "c3.nii.gz", arrays(1)[1])
     refused(folders, folders.prediction, "without a reference", "c3.nii.gz")
@@ -468,6 +490,12 @@ def test_an_interrupted_run_leaves_the_old_files(folders, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- command line
 
 
+def test_missing_arguments(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.evaluate(["-ref", "r", "-o", "o"])
+    assert end.value.code == 2 and "required: -pred, -djfile" in capsys.readouterr().err
+
+
 def command(folders, *more):
     names = {"-ref": folders.reference, "-pred": folders.prediction, "-djfile": folders.dataset_json}
     return cli.evaluate([str(a) for pair in {**names, "-o": folders.output}.items() for a in pair] + list(more))
@@ -478,7 +506,25 @@ def test_command(folders, capsys):
     assert command(folders, "--largest_component", "-np", "1") == 0
     out = capsys.readouterr().out
     assert "largest component" in out and "95HD voxel" in out and str(folders.output / "cases.csv") in out
-    assert (folders.output / "summary.json").is_file()
+    assert f"Wrote {folders.output / 'cases.csv'}" in out and (folders.output / "summary.json").is_file()
+    assert command(folders) == 0
+    assert f"Replaced the earlier {folders.output / 'cases.csv'} and " in capsys.readouterr().out
+
+
+def test_two_evaluations_are_compared(folders, capsys):
+    """As a user does it: evaluate both with largest components, then --compare."""
+    outputs = [folders.output, folders.output.with_name("better")]
+    for seed in range(3):
+        folders.add(f"c{seed}", *arrays(seed))
+    assert command(folders, "--largest_component") == 0
+    for seed in range(3):
+        folders.add(f"c{seed}", arrays(seed)[0], arrays(seed)[0])
+    folders.output = outputs[1]
+    assert command(folders, "--largest_component") == 0
+    capsys.readouterr()
+    assert cli.evaluate(["--compare", *map(str, outputs)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("mean over 2 labels") == 2 and out.count("100.0 ± 0.0") >= 3 and "3 of 3" in out
 
 
 def test_command_with_wrong_input(folders, capsys):

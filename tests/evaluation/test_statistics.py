@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap
 
-from nnunetv2_semisup.benchmark.statistics import bootstrap_interval, holm, verdict
+from nnunetv2_semisup.evaluation.statistics import bootstrap_interval, holm, verdict
 
 NAN = math.nan
 
