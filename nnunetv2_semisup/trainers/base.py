@@ -461,7 +461,15 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         dice = self.logger.get_value("dice_per_class_or_region", None)
         try:
             self.training_log.write_csv(Path(self.output_folder, "semisup_log.csv"))
-            self.training_log.draw(Path(self.output_folder, "semisup_progress.png"), what, heads, dice)
+            self.training_log.draw(
+                Path(self.output_folder, "semisup_progress.png"),
+                what,
+                heads,
+                dice,
+                dice_of="training cases" if self.fold == "all" else "validation cases",
+                threshold=0.0 if self.is_supervised else self._start.threshold,
+                labelled_volumes=self._labelled_volumes,
+            )
             if pictures.is_due(epoch, self.num_epochs, self.settings.pictures, terms_start):
                 self._draw_patches(f"{what}\nafter epoch {epoch}, the last one is {last}")
         except Exception as error:
