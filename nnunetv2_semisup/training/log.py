@@ -96,8 +96,6 @@ class TrainingLog:
                 _draw_lines(axis, epochs, lines, may_be_log=not label.startswith(("share", DICE)))
                 if label.startswith(DICE):
                     axis.set_ylim(0, 1)
-                    for line in axis.lines:
-                        line.set_clip_on(False)  # a class at 0 or 1 is seen whole
                     if threshold > 0:
                         name = f"the method waits\nfor {threshold:g}"
                         axis.axhline(threshold, color="0.4", linestyle=":", linewidth=1, label=name)
@@ -105,6 +103,8 @@ class TrainingLog:
                     _draw_labelled_volumes(axis, dict(zip(heads.values(), labelled_volumes, strict=True)))
                 if label in FROM_ZERO and axis.get_yscale() == "linear":
                     axis.set_ylim(bottom=0)
+                for line in axis.lines:
+                    line.set_clip_on(False)  # a class at 0 is seen whole
                 _name_lines(axis, label)
                 for epoch, _ in self._marks():
                     axis.axvline(epoch, color="0.4", linestyle=(0, (4, 3)), linewidth=1, zorder=1)
