@@ -156,7 +156,7 @@ class Job:
 
     case: Case
     read: Read
-    values: tuple[int, ...]
+    classes: Mapping[str, int]
     folder: Path | None
     file_ending: str
     image_files: int
@@ -246,7 +246,7 @@ def convert_case(job: Job) -> Facts:
     if facts is None:
         image, label, remark = job.read(case)
         images = image if isinstance(image, tuple) else (image,)
-        voxels = _check(case, images, label, job.values)
+        voxels = _check(case, images, label, tuple(job.classes.values()))
         axes = orientation(images[0]) if images[0].GetDimension() == 3 else ""
         facts = Facts(case.name, case.role, images[0].GetSize(), images[0].GetSpacing(), voxels, remark, axes)
         for written, file in zip((*images, label), _outputs(job), strict=False):
@@ -258,7 +258,7 @@ def convert_case(job: Job) -> Facts:
         from nnunetv2_semisup.datasets.preview import save_preview
 
         image, label = (read_image(_outputs(job)[place]) for place in (0, -1))
-        save_preview(image, label, _preview(job), f"{case.name} ({case.role})")
+        save_preview(image, label, _preview(job), f"{case.name} ({case.role})", job.classes)
     return facts
 
 
@@ -339,8 +339,8 @@ def _jobs(recipe: Recipe, folder: Path | None, previews: int) -> list[Job]:
         shown = [shown[i] for i in np.linspace(0, len(shown) - 1, previews).astype(int)]
     if folder and previews > 0:
         (folder / "previews").mkdir(exist_ok=True)
-    values, image_files = tuple(recipe.labels.values()), len(recipe.channels) if recipe.separate_channels else 1
-    what = (recipe.read, values, folder, recipe.file_ending, image_files)
+    image_files = len(recipe.channels) if recipe.separate_channels else 1
+    what = (recipe.read, recipe.labels, folder, recipe.file_ending, image_files)
     return [Job(case, *what, folder is not None and case.name in shown) for case in recipe.cases]
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from nnunetv2_semisup.files import whole_file
 
 COLOURS = ("#ff3b30", "#34c759", "#0a84ff", "#ffd60a", "#ff2d95", "#64d2ff")
+Style = Literal["solid", "dashed", "dotted"]
+STYLES: tuple[Style, ...] = ("solid", "dashed", "dotted")  # with more classes than colours
+MOST_IN_LEGEND = 16
 # Of an array (z, y, x) of an image with axes to the left, posterior, superior: axis that the plane lies across, whether
 # its rows run downwards in the picture, and what is at the left, right, top and bottom edge.
 PLANES = {
@@ -21,7 +28,24 @@ PLANES = {
 }
 
 
-def save_preview(image: sitk.Image, label: sitk.Image | None, path: Path, title: str) -> None:
+class Plane(NamedTuple):
+    """A slice: what is above it, image (Y, X) or (Y, X, RGB), label (Y, X), mm of a row over mm of a column, and the
+    letters at the left, right, top and bottom edge."""
+
+    name: str
+    grey: np.ndarray
+    mask: np.ndarray
+    aspect: float
+    edges: str
+
+
+def save_preview(
+    image: sitk.Image,
+    label: sitk.Image | None,
+    path: Path,
+    title: str,
+    classes: Mapping[str, int] | None = None,
+) -> None:
     """Write a PNG, whole or not at all.
 
     3D images are turned to patient axes, as their header says, and cut through the middle of the largest labelled
@@ -32,31 +56,54 @@ def save_preview(image: sitk.Image, label: sitk.Image | None, path: Path, title:
         image: 3D scalar, or 2D scalar or RGB.
         label: same grid, or None.
         path: PNG file to write.
-        title: shown above.
+        title: shown above, with size and spacing of the image.
+        classes: class name -> value in the label, for the legend; a value without name stands there as a number.
     """
-    planes = [("", *_arrays(image, label), 1.0, "")] if image.GetDimension() == 2 else _planes(image, label)
-    figure = Figure(figsize=(3.6 * len(planes), 4), layout="constrained", dpi=100)
+    planes = [Plane("", *_arrays(image, label), 1.0, "")] if image.GetDimension() == 2 else _planes(image, label)
+    figure = Figure(figsize=(3.6 * len(planes), 4.4), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=9)
-    for axes, (name, grey, mask, aspect, edges) in zip(
-        figure.subplots(1, len(planes), squeeze=False)[0], planes, strict=True
-    ):
+    figure.suptitle(f"{title}\n{_grid(image)}", fontsize=9)
+    shown: set[int] = set()
+    for axes, plane in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes, strict=True):
+        grey, mask = plane.grey, plane.mask
         low, high = np.percentile(grey, (1, 99))
-        axes.imshow(grey, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="nearest")
-        for value in range(1, int(mask.max(initial=0)) + 1):
-            if (mask == value).any():
-                padded = np.pad(mask == value, 1).astype(float)
-                grid = [np.arange(-1, size + 1) for size in mask.shape[::-1]]
-                axes.contour(*grid, padded, [0.5], colors=COLOURS[(value - 1) % len(COLOURS)], linewidths=1)
-        for letter, place in zip(edges, ((0.02, 0.5), (0.94, 0.5), (0.48, 0.94), (0.48, 0.02)), strict=False):
-            axes.text(*place, letter, transform=axes.transAxes, color="yellow", fontsize=11, weight="bold")
-        axes.set_title(name, fontsize=8)
+        window = {"vmin": low, "vmax": max(high, low + 1e-6)}
+        axes.imshow(grey, cmap="gray", **window, aspect=plane.aspect, interpolation="nearest")
+        for value in (int(v) for v in np.unique(mask) if v > 0):
+            padded = np.pad(mask == value, 1).astype(float)
+            grid = [np.arange(-1, size + 1) for size in mask.shape[::-1]]
+            colour, style = _line(value)
+            axes.contour(*grid, padded, [0.5], colors=colour, linestyles=style, linewidths=1)
+            shown.add(value)
+        for letter, place in zip(plane.edges, ((0.05, 0.5), (0.95, 0.5), (0.5, 0.94), (0.5, 0.06)), strict=False):
+            text = axes.text(*place, letter, transform=axes.transAxes, ha="center", va="center", color="yellow")
+            text.set(fontsize=11, weight="bold", path_effects=[withStroke(linewidth=3, foreground="black")])
+        axes.set_title(plane.name, fontsize=8)
         axes.set_axis_off()
+    names = {value: name for name, value in (classes or {}).items()}
+    lines = {names.get(value, str(value)): _line(value) for value in sorted(shown)[:MOST_IN_LEGEND]}
+    handles = [Line2D([], [], color=colour, linestyle=style, label=name) for name, (colour, style) in lines.items()]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(planes), fontsize=8)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _planes(image: sitk.Image, label: sitk.Image | None) -> list[tuple]:
+def _line(value: int) -> tuple[str, Style]:
+    """Colour and style of a class's outline."""
+    again, colour = divmod(value - 1, len(COLOURS))
+    return COLOURS[colour], STYLES[again % len(STYLES)]
+
+
+def _grid(image: sitk.Image) -> str:
+    """Size and spacing as the file has them, axes x, y, z; of a photograph, which has none, no spacing."""
+    size, spacing = (" x ".join(f"{n:.4g}" for n in numbers) for numbers in (image.GetSize(), image.GetSpacing()))
+    if image.GetDimension() == 2:
+        return f"{size} pixels" + ("" if set(image.GetSpacing()) == {1.0} else f", {spacing} mm")
+    return f"{size} voxels, {spacing} mm (x, y, z)"
+
+
+def _planes(image: sitk.Image, label: sitk.Image | None) -> list[Plane]:
     image = sitk.DICOMOrient(image, "LPS")
     label = None if label is None else sitk.DICOMOrient(label, "LPS")
     grey, mask = _arrays(image, label)
@@ -70,7 +117,8 @@ def _planes(image: sitk.Image, label: sitk.Image | None) -> list[tuple]:
         plane, contour = grey.take(index, axis), mask.take(index, axis)
         if not downwards:
             plane, contour = plane[::-1], contour[::-1]
-        planes.append((name, plane, contour, rows / columns, edges))
+        above = f"{name}, slice {index + 1} of {grey.shape[axis]}"
+        planes.append(Plane(above, plane, contour, rows / columns, edges))
     return planes
 
 

@@ -471,9 +471,18 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         dice = self.logger.get_value("dice_per_class_or_region", None)
         try:
             self.training_log.write_csv(Path(self.output_folder, "semisup_log.csv"))
-            self.training_log.draw(Path(self.output_folder, "semisup_progress.png"), what, heads, dice)
+            self.training_log.draw(
+                Path(self.output_folder, "semisup_progress.png"),
+                what,
+                heads,
+                dice,
+                dice_of="training cases" if self.fold == "all" else "validation cases",
+                threshold=0.0 if self.is_supervised else self._start.threshold,
+                labelled_volumes=self._labelled_volumes,
+            )
             if pictures.is_due(epoch, self.num_epochs, self.settings.pictures, terms_start):
-                self._draw_patches(f"{what}\nafter epoch {epoch}, the last one is {last}")
+                number = "the last" if epoch == last else f"the last is {last}"
+                self._draw_patches(f"{what}\nafter epoch {epoch} ({number})")
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             self.print_to_log_file(f"WARNING: log or pictures of epoch {epoch} are incomplete: {reason}")
@@ -483,10 +492,13 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         begun = self._start.started  # until then a teacher is what it was at the beginning
         teacher = self.method.teacher_network(student) if begun else student
         state = f"the method's terms have started, ramp {self._start.ramp(steps, total):.2f}"
-        title += f"; {state if begun else 'the method has not started: steps are those of nnU-Net'}"
+        stock = "the method has not started: steps are those of nnU-Net, pseudo-labels are the prediction"
+        title += f"; {state if begun else stock}"
         file = pictures.file_of(self.output_folder, self.current_epoch, self.num_epochs)
         autocast, progress = self._autocast, steps / total
-        self._pictures.draw(file, title, self._unlabeled_dataset(), student, teacher, self.device, autocast, progress)
+        needed = self.method.confidence_needed(self.progress) if begun else None
+        cases = self._unlabeled_dataset()
+        self._pictures.draw(file, title, cases, student, teacher, self.device, autocast, progress, needed)
         if self._tensorboard is not None:
             self._tensorboard.log_picture("semisup/patches", file, self.current_epoch)
 

@@ -127,6 +127,9 @@ class CrossMatch(SemiSupMethod[CrossMatchSettings]):
             return s.conf_tau
         return (s.conf_tau + (1 - s.conf_tau) * sigmoid_ramp_up(progress, s.conf_ramp_fraction)) * math.log(2)
 
+    def confidence_needed(self, progress: float) -> tuple[float, float]:
+        return self.threshold(progress), self.threshold(progress)
+
     def _weak_view(
         self, network: nn.Module, patches: Tensor, dice: Dice, weight: float
     ) -> Generator[Group, None, list[PseudoLabel]]:

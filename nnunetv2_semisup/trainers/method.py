@@ -159,6 +159,16 @@ class SemiSupMethod(nn.Module, Generic[Settings]):
         teacher = getattr(self, "teacher", None)
         return teacher.module if isinstance(teacher, MovingAverage) else network
 
+    def confidence_needed(self, progress: float) -> tuple[float, float] | None:
+        """Confidence from which a foreground and a background voxel of the pseudo-label count, in [0, 1].
+
+        None where a voxel's confidence does not decide that. For pictures of the pseudo-labels.
+
+        Args:
+            progress: as :meth:`losses` has it.
+        """
+        return None
+
     def inference_network(self, network: nn.Module) -> nn.Module:
         """The network whose weights are validated and written for prediction; same keys as ``network``."""
         return network

@@ -95,6 +95,9 @@ class PasteMatch(SemiSupMethod[PasteMatchSettings]):
     def reset(self, network: nn.Module) -> None:
         self.teacher.reset(network)
 
+    def confidence_needed(self, progress: float) -> tuple[float, float]:
+        return self.settings.threshold, self.settings.background_threshold
+
     def _mixed_loss(self, network: nn.Module, labelled: dict, images: Tensor) -> Tensor:
         s = self.settings
         with torch.no_grad():

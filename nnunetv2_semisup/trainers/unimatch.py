@@ -96,6 +96,9 @@ class UniMatch(SemiSupMethod[UniMatchSettings]):
                     yield {f"image_{view}": (s.image_weight / s.strong_views, value)}
         yield self.supervised(network, labelled)
 
+    def confidence_needed(self, progress: float) -> tuple[float, float]:
+        return self.settings.threshold, self.settings.threshold
+
     def _weak_view(self, network: nn.Module, patches: Tensor) -> tuple[PseudoLabel, Tensor | None]:
         """The pseudo-label of the patches, and the loss of their perturbed features; None without that term."""
         s = self.settings

@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from nnunetv2_semisup.network import taps
 FOLDER = "semisup_patches"  # in the fold's folder
 SETTLED = 0.1  # share of the training after which a 3D patch is shown in the same slice for good
 MOST_IN_LEGEND = 16
+OPAQUE = 0.55  # of a mask's colour
+PALE = 0.35  # of what is not kept, as a share of the opacity of what is
 
 
 def is_due(epoch: int, num_epochs: int, pictures: int, terms_start: bool) -> bool:
@@ -54,7 +57,21 @@ def remove_from(output_folder: str, epoch: int) -> None:
             file.unlink()
 
 
-def fixed_patches(dataset: UnlabeledDataset, patch_size: Sequence[int]) -> dict[str, Tensor]:
+class Patch(NamedTuple):
+    """Of a preprocessed case.
+
+    Attributes:
+        image: (C, X, Y, Z) float32, in 2D (C, X, Y).
+        first: slice of the case, along its first axis, with which the patch begins; below 0 where it is padded.
+        slices: of the case.
+    """
+
+    image: Tensor
+    first: int
+    slices: int
+
+
+def fixed_patches(dataset: UnlabeledDataset, patch_size: Sequence[int]) -> dict[str, Patch]:
     """The centre patches of the first, the middle and the last case by name, without augmentation.
 
     Args:
@@ -62,7 +79,7 @@ def fixed_patches(dataset: UnlabeledDataset, patch_size: Sequence[int]) -> dict[
         patch_size: 2 or 3 axes; with 2 it is cut from the middle slice.
 
     Returns:
-        Case -> (C, X, Y, Z) float32, in 2D (C, X, Y); padded with zeros where the image is smaller, as nnU-Net does.
+        Case -> patch, padded with zeros where the image is smaller, as nnU-Net does.
     """
     cases = sorted(dataset.identifiers)
     size = (*[1] * (3 - len(patch_size)), *patch_size)
@@ -72,7 +89,7 @@ def fixed_patches(dataset: UnlabeledDataset, patch_size: Sequence[int]) -> dict[
         starts = [(n - p) // 2 for n, p in zip(image.shape[1:], size, strict=True)]
         box = [[start, start + p] for start, p in zip(starts, size, strict=True)]
         patch = torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()
-        patches[case] = patch if len(patch_size) == 3 else patch[:, 0]
+        patches[case] = Patch(patch if len(patch_size) == 3 else patch[:, 0], starts[0], image.shape[1])
     return patches
 
 
@@ -83,27 +100,38 @@ class Opinion:
     Attributes:
         masks: (foreground, X, Y, Z) bool, a class or region each; in 2D (foreground, X, Y).
         confidence: (X, Y, Z) in [0, 1]: probability of the decision; with regions that of the least certain head.
+        kept: shaped as the masks, bool: confident enough; with regions each for itself.
     """
 
     masks: np.ndarray
     confidence: np.ndarray
+    kept: np.ndarray
 
     def in_slice(self, z: int) -> Opinion:
         """Of one slice, (foreground, Y, Z) and (Y, Z)."""
-        return Opinion(self.masks[:, z], self.confidence[z])
+        return Opinion(self.masks[:, z], self.confidence[z], self.kept[:, z])
 
 
 @torch.no_grad()
-def opinion(network: nn.Module, patch: Tensor, regions: bool) -> Opinion:
-    """What ``network``, in evaluation mode, says of ``patch`` (C, X, Y, Z) or (C, X, Y) on its device."""
+def opinion(network: nn.Module, patch: Tensor, regions: bool, needed: tuple[float, float] | None = None) -> Opinion:
+    """What ``network``, in evaluation mode, says of a patch.
+
+    Args:
+        network: on the patch's device.
+        patch: (C, X, Y, Z), or (C, X, Y).
+        regions: True for region-based training.
+        needed: confidence from which foreground and background are kept; None: all is.
+    """
     # forward, not a call: a compiled network would be compiled once more, for a batch of one
     p = probabilities(taps.full_resolution(network.forward(patch[None])), regions)
-    decided = decide(p, regions)[0]
+    decided, (of_foreground, of_background) = decide(p, regions)[0], needed or (0.0, 0.0)
     if regions:
-        masks, confidence = decided, torch.maximum(p, 1 - p).amin(1)[0]
+        masks, confidence = decided, torch.maximum(p, 1 - p)[0]
     else:
-        masks, confidence = torch.stack([decided == c for c in range(1, p.shape[1])]), p.amax(1)[0]
-    return Opinion(masks.cpu().numpy(), confidence.cpu().numpy())
+        masks, confidence = torch.stack([decided == c for c in range(1, p.shape[1])]), p.amax(1)
+    kept = confidence >= torch.where(masks if regions else masks.any(0), of_foreground, of_background)
+    parts = masks, confidence.amin(0), kept.expand(masks.shape)
+    return Opinion(*(part.cpu().numpy() for part in parts))
 
 
 @contextlib.contextmanager
@@ -117,6 +145,15 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+class Row(NamedTuple):
+    """Of a picture: name, image (Y, Z), pseudo-label and prediction of the slice that is shown."""
+
+    name: str
+    image: np.ndarray
+    label: Opinion
+    mine: Opinion
 
 
 class PatchPictures:
@@ -144,6 +181,7 @@ class PatchPictures:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager],
         progress: float,
+        needed: tuple[float, float] | None = None,
     ) -> None:
         """A row per patch: image, pseudo-label, its confidence, the student's prediction.
 
@@ -159,73 +197,75 @@ class PatchPictures:
             autocast: block in which the networks run.
             progress: share of the training that is done: a 3D patch is shown in the slice with most foreground, which
                 stays the same once a tenth of the training is done and there is any.
+            needed: confidence that a foreground and a background voxel of the pseudo-label need to count; voxels with
+                less are drawn paler. None: all count.
         """
         rows = []
         with evaluating(student, teacher):
-            for case, patch in fixed_patches(dataset, self.patch_size).items():
+            for case, (patch, first, slices) in fixed_patches(dataset, self.patch_size).items():
                 with autocast():
-                    label = opinion(teacher, patch.to(device), self.regions)
+                    label = opinion(teacher, patch.to(device), self.regions, needed)
                     mine = label if teacher is student else opinion(student, patch.to(device), self.regions)
-                image, name = patch[0].numpy(), case if len(case) <= 24 else f"...{case[-21:]}"
+                image, z = patch[0].numpy(), 0
                 if image.ndim == 3:
-                    z = self._slice(case, label, progress)
-                    name, image = f"{name}\nslice {z + 1} of {len(image)}", image[z]
-                    label, mine = label.in_slice(z), mine.in_slice(z)
-                rows.append((name, image, label, mine))
+                    z = self._slice(case, label, range(max(0, -first), slices - first), progress)
+                    image, label, mine = image[z], label.in_slice(z), mine.in_slice(z)
+                name = case if len(case) <= 24 else f"...{case[-21:]}"
+                name += f"\nslice {first + z + 1} of {slices}" if slices > 1 else ""
+                rows.append(Row(name, image, label, mine))
         file.parent.mkdir(exist_ok=True)
-        self._draw(file, title, rows, "student's decision" if teacher is student else "teacher's decision")
+        self._draw(file, title, rows, "student's decision" if teacher is student else "teacher's decision", needed)
 
-    def _slice(self, case: str, label: Opinion, progress: float) -> int:
+    def _slice(self, case: str, label: Opinion, inside: range, progress: float) -> int:
+        """Of the patch, and ``inside`` the image."""
         if case in self.slices:
             return self.slices[case]
-        foreground = label.masks.any(0).sum((1, 2))
+        foreground = label.masks.any(0).sum((1, 2))[inside.start : inside.stop]
         if not foreground.any():
-            return len(foreground) // 2
-        z = int(foreground.argmax())
+            return inside.start + len(foreground) // 2
+        z = inside.start + int(foreground.argmax())
         if progress >= SETTLED:
             self.slices[case] = z
         return z
 
-    def _draw(self, file: Path, title: str, rows: list[tuple[str, np.ndarray, Opinion, Opinion]], whose: str) -> None:
+    def _draw(self, file: Path, title: str, rows: list[Row], whose: str, needed: tuple[float, float] | None) -> None:
         from matplotlib import style
         from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
 
         colours = self._colours()
         columns = ("image", f"pseudo-label\n({whose})", "its confidence", "prediction of the student")
-        height = 2.3 * min(2.5, max(0.4, self.aspect * rows[0][1].shape[0] / rows[0][1].shape[1]))
+        height = 2.3 * min(2.5, max(0.4, self.aspect * rows[0].image.shape[0] / rows[0].image.shape[1]))
         with style.context("default"):  # nnU-Net's plot leaves seaborn's settings
             figure = Figure(figsize=(10.6, 1.5 + (height + 0.15) * len(rows)), layout="constrained")
             axes = figure.subplots(len(rows), len(columns), squeeze=False)
             for line, (name, image, label, mine) in zip(axes, rows, strict=True):
                 grey = _grey(image)
                 line[0].imshow(grey, aspect=self.aspect)
-                line[1].imshow(_painted(grey, label.masks, colours), aspect=self.aspect)
-                shown = line[2].imshow(label.confidence, vmin=0, vmax=1, cmap="viridis", aspect=self.aspect)
-                line[3].imshow(_painted(grey, mine.masks, colours), aspect=self.aspect)
+                _show_masks(line[1], grey, label, colours, self.aspect)
+                alpha = np.where(label.kept.all(0), 1.0, PALE)
+                line[2].imshow(label.confidence, vmin=0, vmax=1, cmap="viridis", alpha=alpha, aspect=self.aspect)
+                everything = replace(mine, kept=np.ones_like(mine.kept))
+                _show_masks(line[3], grey, everything, colours, self.aspect)
                 line[0].set_ylabel(name, fontsize="small")
                 for axis in line:
                     axis.set_xticks([])
                     axis.set_yticks([])
             for axis, column in zip(axes[0], columns, strict=True):
                 axis.set_title(column, fontsize="medium")
-            figure.colorbar(shown, ax=axes[:, 2], location="bottom", fraction=0.03, pad=0.01, aspect=14)
-            visible = np.any([o.masks.any((1, 2)) for _, _, *both in rows for o in both], 0)
-            handles = [
-                Patch(color=colour, label=name)
-                for name, colour, there in zip(self.names, colours, visible, strict=True)
-                if there
-            ]
-            if handles:
-                figure.legend(
-                    handles=handles[:MOST_IN_LEGEND],
-                    loc="outside lower center",
-                    ncols=min(8, len(handles)),
-                    fontsize="small",
-                )
+            _draw_bar(figure, axes[:, 2], needed)
+            figure.legend(handles=self._entries(rows, colours), loc="outside lower center", ncols=8, fontsize="small")
             figure.suptitle(title, fontsize="medium")
             with files.whole_file(file) as temporary:
                 figure.savefig(temporary, dpi=100, format="png")
+
+    def _entries(self, rows: list[Row], colours: Sequence[tuple[float, float, float]]) -> list[Any]:
+        """Of the legend: every class, or where they are many those that are seen."""
+        from matplotlib.patches import Patch as Rectangle
+
+        seen = np.any([opinion.masks.any((1, 2)) for row in rows for opinion in (row.label, row.mine)], 0)
+        entries = zip(self.names, colours, seen, strict=True)
+        few = len(self.names) <= MOST_IN_LEGEND
+        return [Rectangle(color=colour, label=name) for name, colour, there in entries if few or there][:MOST_IN_LEGEND]
 
     def _colours(self) -> list[tuple[float, float, float]]:
         """RGB of each class; the last of our colours, black, would not be seen on an image."""
@@ -243,9 +283,34 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return np.repeat(np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None], 3, -1)
 
 
-def _painted(grey: np.ndarray, masks: np.ndarray, colours: Sequence[tuple[float, float, float]]) -> np.ndarray:
-    """(Y, Z, 3) with half-transparent masks (foreground, Y, Z), later ones over earlier ones."""
+def _show_masks(axis: Any, grey: np.ndarray, opinion: Opinion, colours: Sequence[tuple], aspect: float) -> None:
+    """Half-transparent masks over (Y, Z, 3), later ones over earlier ones, paler where they are not kept."""
+    from matplotlib.patheffects import withStroke
+
     shown = grey.copy()
-    for mask, colour in zip(masks, colours, strict=True):
-        shown[mask] = 0.45 * grey[mask] + 0.55 * np.array(colour)
-    return shown
+    for mask, kept, colour in zip(opinion.masks, opinion.kept, colours, strict=True):
+        for part, opacity in ((mask & kept, OPAQUE), (mask & ~kept, PALE * OPAQUE)):
+            shown[part] = (1 - opacity) * grey[part] + opacity * np.array(colour)
+    axis.imshow(shown, aspect=aspect)
+    if not opinion.masks.any():
+        axis.text(
+            *(0.5, 0.5, "background only"),
+            transform=axis.transAxes,
+            ha="center",
+            va="center",
+            color="white",
+            fontsize="small",
+            path_effects=[withStroke(linewidth=3, foreground="black")],
+        )
+
+
+def _draw_bar(figure: Any, axes: Any, needed: tuple[float, float] | None) -> None:
+    """The colours of the confidence below its column, and the confidence that is needed."""
+    bar = figure.colorbar(axes[0].images[0], ax=axes, location="bottom", fraction=0.03, pad=0.01, aspect=14)
+    if needed is None:
+        return
+    for value in set(needed):
+        bar.ax.axvline(value, color="red", linewidth=2)
+    foreground, background = needed
+    low = f"{foreground:.3g}" if foreground == background else f"{foreground:.3g} (background {background:.3g})"
+    bar.set_label(f"paler: not learned from,\nbelow {low}", fontsize="small")

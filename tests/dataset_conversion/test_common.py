@@ -13,6 +13,7 @@ from conversion_helpers import names, read, refuse
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from dataset_conversion import common, lists
 from dataset_conversion.common import Case, Options, Recipe
@@ -60,6 +61,16 @@ def test_files_and_previews(nnunet_raw, source):
         "imagesTr": {"a", "b"}, "imagesUn": {"c"}, "imagesTs": {"d"}, "previews": {"a", "d"}
     }  # fmt: skip
     assert "0.002 ml on average" in report and not list(nnunet_raw.glob(".*"))
+
+
+def test_previews_name_the_classes_of_the_data_set(nnunet_raw, source, monkeypatch):
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    recipe = make_recipe(source)
+    convert(recipe, source, previews=1)
+    (figure,) = saved
+    named = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert named and named <= set(recipe.labels)
 
 
 def read_channels(case: Case) -> tuple[tuple[sitk.Image, ...], sitk.Image | None, str]:

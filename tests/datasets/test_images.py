@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from dicom_series import make_ct
+from matplotlib.figure import Figure
 
 from nnunetv2_semisup.data import checks
 from nnunetv2_semisup.data.checks import Facts
@@ -168,6 +169,37 @@ def test_preview_shows_where_the_label_is(tmp_path):
     assert centres[1][0] < middle and centres[1][1] > width / 2  # coronal: top is up, left is right
     assert centres[2][0] < middle and centres[2][1] < width / 2  # sagittal: top is up, front is left
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.png", "b.png"]
+
+
+def test_preview_names_classes_slices_and_the_grid(tmp_path, monkeypatch):
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    array = np.zeros((10, 30, 20), np.uint8)
+    array[6, 5:20, 5:15] = 1
+    array[6, 21:24, 5:15] = 7  # the first colour once more
+    array[6, 25:28, 5:15] = 9
+    label = sitk.GetImageFromArray(array)
+    label.SetSpacing((0.5, 1.0, 2.5))
+    image = sitk.Cast(label, sitk.sitkInt16)
+    classes = {"background": 0, "liver": 1, "cyst": 7, "absent": 8}
+    save_preview(image, label, tmp_path / "a.png", "case (labelled)", classes)
+    save_preview(image, None, tmp_path / "b.png", "case")
+    save_preview(sitk.Image(30, 20, sitk.sitkUInt8), None, tmp_path / "c.png", "photograph")
+    with_label, without, photo = saved
+    assert with_label.get_suptitle() == "case (labelled)\n20 x 30 x 10 voxels, 0.5 x 1 x 2.5 mm (x, y, z)"
+    assert photo.get_suptitle() == "photograph\n30 x 20 pixels"
+    assert [a.get_title() for a in without.axes] == [
+        "axial, slice 6 of 10",
+        "coronal, slice 16 of 30",
+        "sagittal, slice 11 of 20",
+    ]
+    assert with_label.axes[0].get_title() == "axial, slice 7 of 10"
+    (legend,) = with_label.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["liver", "cyst", "9"] and not without.legends
+    lines = [(line.get_color(), line.get_linestyle()) for line in legend.get_lines()]
+    assert lines[0][0] == lines[1][0] and len(set(lines)) == 3, "same colour, other dashes"
+    assert [[t.get_text() for t in a.texts] for a in without.axes] == [list("RLAP"), list("RLSI"), list("APSI")]
+    assert all(text.get_path_effects() for axes in without.axes for text in axes.texts)
 
 
 def test_preview_of_a_photograph(tmp_path):

@@ -99,10 +99,12 @@ def test_dice_weighted_terms_start_and_stages_are_shown(tmp_path, figures, epoch
     assert weighted["consistency"][-1] == pytest.approx(0.1) and math.isnan(weighted["consistency"][0])
     assert shown["unsupervised terms\n(unweighted)"]["consistency"][-1] == 0.5
     assert set(shown["loss on labels\nand weighted total"]) == {"supervised", "total"}
-    assert list(shown["share of voxels in\nthe pseudo-labels"]) == ["left"] and list(shown["share"]) == ["kept"]
+    assert list(shown["share of voxels in\nthe pseudo-labels:\nleft"]) == ["left"] and list(shown["share:\nkept"]) == [
+        "kept"
+    ]
     scales = {axis.get_ylabel(): axis.get_yscale() for axis in figure.axes}
     assert scales["unsupervised terms,\nweight × term"] == "log", "0.1 beside 0.002"
-    assert scales["loss on labels\nand weighted total"] == scales["share"] == "linear"
+    assert scales["loss on labels\nand weighted total"] == scales["share:\nkept"] == "linear"
     assert figure.axes[-1].get_xlabel() == "epoch" and all(axis.get_ylabel() for axis in figure.axes)
     marks = {text.get_text().strip(): text.xy[0] for text in figure.axes[0].texts}
     assert marks == {"the method's terms start": epochs // 5, "stage 2": epochs // 2}
@@ -110,6 +112,69 @@ def test_dice_weighted_terms_start_and_stages_are_shown(tmp_path, figures, epoch
         assert {line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 2} == set(marks.values())
     markers = {line.get_marker() for line in figure.axes[0].get_legend_handles_labels()[0]}
     assert markers == ({"."} if epochs == 10 else {""}), "a thousand markers would hide the line"
+
+
+def drawn_of(figures, tmp_path, ramps, **arguments) -> dict:
+    """Axes by label, of a log in which the method is on where ``ramps`` is above 0."""
+    log = TrainingLog()
+    for epoch, ramp in enumerate(ramps):
+        log.add({"loss_supervised": 1.0, "weight_supervised": 1.0, "loss_total": 1.0, "gradient_norm": 2.0})
+        if ramp:
+            log.add({"share_volume_1": 0.1, "share_volume_2": 0.3})
+        log.end_epoch(epoch, progress=0.5, ramp=ramp, stage=1)
+    dice = [[0.0, 0.03]] * len(ramps)
+    log.draw(tmp_path / "p.png", "title", {1: "left", 2: "right"}, dice, **arguments)
+    return {axis.get_ylabel(): axis for axis in figures[-1].axes}
+
+
+def test_dice_is_drawn_from_0_to_1_with_the_threshold_that_the_method_waits_for(tmp_path, figures):
+    axes = drawn_of(figures, tmp_path, [0.0, 0.0], dice_of="training cases", threshold=0.25)
+    panel = axes["online Dice\n(training cases)"]
+    assert panel.get_ylim() == (0, 1)
+    entries = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert entries == ["left", "right", "mean", "the method waits\nfor 0.25"]
+    assert list(panel.lines[3].get_ydata()) == [0.25, 0.25]
+    at_once = drawn_of(figures, tmp_path, [0.1, 1.0])["online Dice"]
+    assert len(at_once.lines) == 3, "no threshold, and nothing said of the cases"
+
+
+@pytest.mark.parametrize(
+    ("ramps", "expected"),
+    [
+        ([0.0, 0.0], "title\nthe method has not started"),
+        ([0.2, 1.0], "title\nthe method is on from the first step"),
+        ([0.0, 0.2], "title"),
+    ],
+)
+def test_the_title_says_whether_the_method_has_started(tmp_path, figures, ramps, expected):
+    drawn_of(figures, tmp_path, ramps)
+    assert figures[-1].get_suptitle() == expected
+
+
+def test_volumes_of_the_labelled_cases_are_dotted_in_the_colour_of_their_class(tmp_path, figures):
+    panel = drawn_of(figures, tmp_path, [0.0, 0.5], labelled_volumes=[0.12, 0.34])[
+        "share of voxels in\nthe pseudo-labels"
+    ]
+    colours = {line.get_label(): line.get_color() for line in panel.lines[:2]}
+    dotted = {
+        line.get_ydata()[0]: line.get_color()
+        for line in panel.lines[2:]
+        if len(line.get_ydata()) == 2 and line.get_linestyle() == ":"
+    }
+    assert dotted == {0.12: colours["left"], 0.34: colours["right"]}
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == ["left", "right", "in labelled cases"]
+    assert panel.get_ylim()[0] == 0
+
+
+def test_equal_lines_are_both_seen_and_a_single_one_is_named_at_the_axis(tmp_path, figures):
+    axes = drawn_of(figures, tmp_path, [0.0, 0.0])
+    losses = {line.get_label(): line for line in axes["loss on labels\nand weighted total"].lines}
+    below, above = losses["supervised"], losses["total"]
+    assert above.get_linestyle() == "--" and above.get_zorder() > below.get_zorder()
+    assert below.get_linewidth() > above.get_linewidth() and below.get_markersize() > above.get_markersize()
+    weight = axes["weight:\nsupervised"]
+    assert weight.get_legend() is None and weight.get_ylim()[0] == 0 and weight.get_ylim()[1] > 1
+    assert axes["gradient norm"].get_legend() is None
 
 
 def test_marks_of_a_resumed_run_and_of_one_epoch(tmp_path, figures):

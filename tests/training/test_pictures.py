@@ -9,7 +9,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
-from helpers import full_disk
+from helpers import full_disk, make_batch
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from PIL import Image
 
@@ -68,9 +68,11 @@ def test_patches_are_the_centres_of_three_cases_padded_with_zeros(tiny, configur
     box = [slice((n - 16) // 2, (n - 16) // 2 + 16) for n in whole.shape[1:]]
     box[0] = box[0] if configuration == "3d_fullres" else (whole.shape[1] - 1) // 2
     expected = whole[0][tuple(box)]
-    assert torch.equal(patches[tiny.unlabelled[0]], torch.from_numpy(expected[None]))
+    image, first, slices = patches[tiny.unlabelled[0]]
+    assert torch.equal(image, torch.from_numpy(expected[None])) and slices == whole.shape[1]
+    assert first == (box[0] if configuration == "2d" else box[0].start)
     larger = fixed_patches(dataset, [n + 20 for n in size])[tiny.unlabelled[0]]
-    assert larger.shape == (1, *(n + 20 for n in size)) and not larger[0, 0].any()
+    assert larger.image.shape == (1, *(n + 20 for n in size)) and not larger.image[0, 0].any()
     same = UnlabeledDataset(dataset.source_folder, tiny.unlabelled[:1])
     assert list(fixed_patches(same, size)) == [tiny.unlabelled[0]]
 
@@ -255,8 +257,10 @@ def test_the_epoch_with_which_the_method_starts_has_a_picture(tiny, figures, mon
     titles = [f.get_suptitle() for f in figures if "after epoch" in f.get_suptitle()]
     first_lines = {title.split("\n")[0] for title in titles}
     assert first_lines == {f"{NAME}, {tiny.name}, 2d, fold all"}
-    assert "after epoch 0, the last one is 3; the method has not started" in titles[0]
-    assert "after epoch 1, the last one is 3; the method's terms have started, ramp" in titles[1]
+    assert "after epoch 0 (the last is 3); the method has not started: steps are those of nnU-Net" in titles[0]
+    assert "pseudo-labels are the prediction" in titles[0] and "pseudo-labels are the prediction" not in titles[1]
+    assert "after epoch 1 (the last is 3); the method's terms have started, ramp" in titles[1]
+    assert "after epoch 3 (the last); " in titles[2]
 
 
 class Volumes:
@@ -295,8 +299,65 @@ def test_a_3d_patch_is_shown_in_the_slice_with_most_foreground_which_then_stays(
     assert pictures_of.slices == {"case": 2}
     assert np.array_equal(figures[2].axes[0].images[0].get_array()[..., 0] > 0.5, volume[0, 2] > 2.5)
     assert figures[0].axes[0].get_aspect() == 0.5, "mm of a row over mm of a column"
-    assert [text.get_text() for text in figures[2].legends[0].get_texts()] == ["organ"]
-    assert not figures[0].legends
+    for figure in (figures[0], figures[2]):
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["organ"]
+    told = [[text.get_text() for axis in f.axes[:4] for text in axis.texts] for f in figures]
+    assert told == [["background only"] * 2, [], [], []]
+
+
+def test_slices_are_counted_in_the_case_and_are_none_of_the_padding(tmp_path, figures):
+    volume = np.zeros((1, 4, 8, 8), np.float32)
+    network = Threshold(-1)  # everything is foreground, what is padded too
+    arguments = (network, network, torch.device("cpu"), torch.no_grad, 0.0)
+    for patch_size, case in (((8, 8, 8), volume), ((8, 8), volume), ((8, 8), volume[:, :1]), ((2, 8, 8), volume)):
+        pictures_of = PatchPictures(["organ"], False, patch_size, (1.0, 1.0, 1.0))
+        pictures_of.draw(tmp_path / "p" / "a.png", "title", Volumes(case=case), *arguments)
+    shown = [f.axes[0].get_ylabel() for f in figures]
+    assert shown == ["case\nslice 1 of 4", "case\nslice 2 of 4", "case", "case\nslice 2 of 4"]
+
+
+@pytest.mark.parametrize("kind", ["4 classes", "regions"])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("nnUNetTrainerPasteMatch", "share_kept"),
+        ("nnUNetTrainerUniMatch", "share_confident"),
+        ("nnUNetTrainerCrossMatch", "share_confident_clean"),
+    ],
+)
+def test_what_is_not_pale_is_what_the_method_keeps(datasets, use, kind, name, share):
+    trainer = use(datasets(kind)).trainer(name, "2d")
+    trainer.initialize()
+    method, network, batch = trainer.method, trainer.bare_network, make_batch(trainer)
+    with torch.no_grad():
+        for parameter in network.decoder.seg_layers[-1].parameters():
+            parameter.mul_(20)  # from unsure everywhere to some of everything
+    method.reset(network)
+    for _ in method.losses(network, batch, batch["unlabelled"], 0.0):
+        pass
+    teacher, needed = method.teacher_network(network), method.confidence_needed(0.0)
+    regions = trainer.label_manager.has_regions
+    kept = [opinion(teacher, patch, regions, needed).kept.mean() for patch in batch["unlabelled"]["data"]]
+    assert 0.02 < np.mean(kept) < 0.98
+    assert np.mean(kept) == pytest.approx(float(method.diagnostics[share]), abs=0.005)
+
+
+def test_the_confidence_that_is_needed_is_marked_once_the_method_has_started(tiny, figures):
+    for name in (NAME, "nnUNetTrainerPasteMatch"):
+        trainer = tiny.trainer(name, "2d", start_dice=0.5)
+        trainer.initialize()
+        trainer.unlabeled_cases = trainer._prepare_unlabeled_cases()
+        trainer._draw_patches("title")
+        trainer._start.start_at(0)
+        trainer._draw_patches("title")
+    bars = [figure.axes[-1] for figure in figures]
+    assert [bar.get_xlabel() for bar in bars[:3]] == [""] * 3, "no such threshold, or the method has not started"
+    assert bars[3].get_xlabel() == "paler: not learned from,\nbelow 0.7 (background 0.95)"
+    assert sorted(line.get_xdata()[0] for line in bars[3].lines) == [0.7, 0.95]
+    assert np.all(figures[2].axes[2].images[0].get_alpha() == 1)
+    confidence = figures[3].axes[2].images[0]
+    pale, values = confidence.get_alpha() < 1, confidence.get_array()
+    assert pale[values < 0.7].all() and pale.any() and not pale[values >= 0.95].any()
 
 
 class Logger:
