@@ -120,7 +120,8 @@ def plans(arguments: list[str] | None = None) -> None:
     choice = f" (or {', '.join(others)})" if others else ""
     train = f"nnUNetv2_train {number} {first} FOLD -p {new['plans_name']} -tr TRAINER"
     if ready:
-        print(f"Next: {train}{choice} (with the data that is preprocessed already)")
+        also = f", or with {', '.join(others)}" if others else ""
+        print(f"Next: {train}{also}: the data is preprocessed already")
     else:
         print(f"Next: nnUNetv2_preprocess -d {number} -plans_name {new['plans_name']} -c {first}{choice}, then {train}")
 

@@ -115,16 +115,16 @@ def test_plans_warn_of_small_images_and_name_a_configuration_that_is_there(tiny,
     plans["configurations"] = {"2d": plans["configurations"]["2d"]}
     (folder / "flat.json").write_text(json.dumps({**plans, "plans_name": "flat"}))
     new = ["-d", "901", "-o", "new"]
-    there = "(with the data that is preprocessed already)"
+    there = ": the data is preprocessed already"
     expected = {
-        ("-p", "flat"): f"Next: nnUNetv2_train 901 2d FOLD -p new -tr TRAINER {there}",
+        ("-p", "flat"): f"Next: nnUNetv2_train 901 2d FOLD -p new -tr TRAINER{there}",
         (
             "-p",
             "flat",
             "--coarsen",
             "1.2",
         ): "Next: nnUNetv2_preprocess -d 901 -plans_name new -c 2d, then nnUNetv2_train 901 2d FOLD -p new -tr TRAINER",
-        (): f"Next: nnUNetv2_train 901 3d_fullres FOLD -p new -tr TRAINER (or 2d, 3d_resenc) {there}",
+        (): f"Next: nnUNetv2_train 901 3d_fullres FOLD -p new -tr TRAINER, or with 2d, 3d_resenc{there}",
         ("--coarsen", "1.2"): "Next: nnUNetv2_preprocess -d 901 -plans_name new -c 3d_fullres (or 2d), then "
         "nnUNetv2_train 901 3d_fullres FOLD -p new -tr TRAINER",
     }
@@ -135,7 +135,7 @@ def test_plans_warn_of_small_images_and_name_a_configuration_that_is_there(tiny,
         assert lines[-1] == last
         assert sum("--preset small" in line for line in lines) == ("--coarsen" in options)
     for identifier, last in (
-        ("3d_fullres", f"Next: nnUNetv2_train 901 2d FOLD -p new -tr TRAINER {there}"),
+        ("3d_fullres", f"Next: nnUNetv2_train 901 2d FOLD -p new -tr TRAINER{there}"),
         ("*", expected[("--coarsen", "1.2")].replace("(or 2d)", "(or 2d, 3d_resenc, 3d_cascade_fullres)")),
     ):
         for data in folder.glob(f"nnUNetPlans_{identifier}"):
