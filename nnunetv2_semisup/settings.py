@@ -194,8 +194,9 @@ def as_json(settings: SemiSupSettings) -> dict:
 
 
 def with_numbers_of(settings: SemiSupSettings, before: dict[str, Any]) -> SemiSupSettings:
-    """``settings`` with the values of ``before``, a dict of :func:`as_json`, where they are null and those are not."""
-    names = (f.name for f in dataclasses.fields(settings))
+    """``settings`` with the method's own values of ``before`` (:func:`as_json`) where only those are not null."""
+    shared = {f.name for f in dataclasses.fields(SemiSupSettings)}
+    names = (f.name for f in dataclasses.fields(settings) if f.name not in shared)
     null = [name for name in names if getattr(settings, name) is None and before.get(name) is not None]
     return dataclasses.replace(settings, **{name: before[name] for name in null})
 

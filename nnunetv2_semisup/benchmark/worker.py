@@ -96,13 +96,14 @@ def execute(run: Run, work: WorkFolder, device: str, threads: int | None) -> Non
 
 
 def data_digest(raw: Path, dataset_json: dict) -> str:
-    """The same for the same data set: names and sizes of labelled and unlabelled images and of labels."""
-    files = [
-        Path(file) for case in labelled_cases(raw, dataset_json).values() for file in (*case["images"], case["label"])
-    ]
-    files += sorted((raw / RAW_FOLDER).glob("*"))
-    sizes = [(str(file), file.stat().st_size if file.is_file() else None) for file in files]
-    return hashlib.sha256(json.dumps([dataset_json, sizes], sort_keys=True).encode()).hexdigest()[:16]
+    """The same for the same data set, wherever it lies: names and sizes of all images, content of all labels."""
+    labelled = labelled_cases(raw, dataset_json)
+    images = [Path(file) for case in labelled.values() for file in case["images"]]
+    images += sorted((raw / RAW_FOLDER).glob("[!.]*"))
+    sizes = [(file.parent.name, file.name, file.stat().st_size) for file in images]
+    labels = {case: hashlib.sha256(Path(files["label"]).read_bytes()).hexdigest() for case, files in labelled.items()}
+    meaning = {key: dataset_json.get(key) for key in ("labels", "regions_class_order", "channel_names", "modality")}
+    return hashlib.sha256(json.dumps([sizes, labels, meaning], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def begin(run: Run, work: WorkFolder, same: dict, fold_folder: Path) -> dict:
@@ -114,7 +115,8 @@ def begin(run: Run, work: WorkFolder, same: dict, fold_folder: Path) -> dict:
     checkpoint, note = work.checkpoint(run), work.unfinished(run) / "begun.json"
     begun: dict[str, Any] = {"started": now(), "resumed": 0, "commits": [], "hardware": [], **same}
     if checkpoint.is_file():
-        before = read_object(note, f"remove {note.parent}, and the training starts again", *begun)
+        needed = [key for key in begun if key not in ("data", "hardware")]  # earlier versions did not note these
+        before = begun | read_object(note, f"remove {note.parent}, and the training starts again", *needed)
         changed = [key for key in same if before[key] != same[key]]
         if changed:
             print(f"{', '.join(changed)} changed since the training began: it starts again", flush=True)

@@ -127,22 +127,25 @@ def _add(
     looked = run_jobs(partial(try_look, by_nibabel=by_nibabel), incoming, processes, "Reading images")
 
     new: list[tuple[Incoming, Seen]] = []
-    here: dict[str, str] = {}
     doubles, judged = [], []
     for item, fact in zip(incoming, looked, strict=True):
         if isinstance(fact, str):
             refused[item.case] = fact
-        elif double := hashes["imagesTr"].get(fact.hash) or hashes[RAW_FOLDER].get(fact.hash) or here.get(fact.hash):
+        elif double := hashes["imagesTr"].get(fact.hash) or hashes[RAW_FOLDER].get(fact.hash):
             doubles.append(f"{item.case} = {double}")
         elif not allow_test_images and (place := next((name for name in JUDGED if fact.hash in hashes[name]), "")):
             judged.append(f"{item.case} = {place}/{hashes[place][fact.hash]}")
         elif fault := _name_taken(raw, fact, known):
             refused[item.case] = fault
         else:
-            here[fact.hash] = item.case
             new.append((item, fact))
     refused |= refusals([fact for _, fact in new], labelled, channels, reorient, turns_images(reader))
-    new = [(item, fact) for item, fact in new if item.case not in refused]
+    good = [(item, fact) for item, fact in new if item.case not in refused]
+    here: dict[str, str] = {}
+    for item, fact in good:
+        if (first := here.setdefault(fact.hash, item.case)) != item.case:
+            doubles.append(f"{item.case} = {first}")
+    new = [(item, fact) for item, fact in good if here[fact.hash] == item.case]
     if refused and not skip_refused:
         raise _refusal(refused, len(new))
 

@@ -18,13 +18,18 @@ _NO_IMAGES = (
 )
 
 
-def find_series(files: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
+def find_series(files: Sequence[Path], refused: dict[str, str] | None = None) -> dict[tuple[Path, str], list[Path]]:
     """DICOM series among ``files``: (folder, series UID) -> files in the order of their position.
 
+    Args:
+        files: of any kind.
+        refused: takes what is wrong, file or folder -> reason, in the place of an error; these series are left out.
+
     Raises:
-        InputError: a DICOM file belongs to no series, since it cannot be read: the series would lack a slice. Or two
-            folders have parts or copies of one series.
+        InputError: without ``refused``: a DICOM file belongs to no series, since it cannot be read: the series of its
+            folder may lack a slice. Or two folders have parts or copies of one series.
     """
+    faults: dict[str, str] = {}
     found: dict[tuple[Path, str], list[Path]] = {}
     dicom = [file for file in files if _is_dicom(file)]
     for folder in dict.fromkeys(file.parent for file in dicom):
@@ -34,21 +39,30 @@ def find_series(files: Sequence[Path]) -> dict[tuple[Path, str], list[Path]]:
     members = {file for series in found.values() for file in series}
     for file in dicom:
         if file not in members and not _dicom_class(file).startswith(_NO_IMAGES):
-            raise InputError(
+            faults[str(file)] = (
                 f"{file}: a DICOM file that cannot be read as an image; download it again, or move it away if it is no "
                 f"slice"
             )
-    _check_one_folder(found)
+            incomplete = [key for key in found if key[0] == file.parent]
+            found = {key: series for key, series in found.items() if key not in incomplete}
+    found = _in_one_folder(found, faults)
+    if refused is None and faults:
+        raise InputError(next(iter(faults.values())))
+    if refused is not None:
+        refused |= faults
     return found
 
 
-def _check_one_folder(found: dict[tuple[Path, str], list[Path]]) -> None:
-    """Refuse a series of which two folders have parts or copies.
+def _in_one_folder(
+    found: dict[tuple[Path, str], list[Path]], faults: dict[str, str]
+) -> dict[tuple[Path, str], list[Path]]:
+    """``found`` without series of which two folders have parts or copies; why is put into ``faults``.
 
     Other slices at the same positions are other images, e.g. phases; so are those of other patients, whose UIDs should
     differ and sometimes do not after anonymisation.
     """
     seen: dict[tuple[str, str], list[list[Path]]] = {}
+    apart: set[tuple[Path, str]] = set()
     for (folder, uid), files in found.items():
         before = seen.setdefault((uid, dicom_tag(files[0], "0010|0020")), [])
         for others in before:
@@ -56,12 +70,17 @@ def _check_one_folder(found: dict[tuple[Path, str], list[Path]]) -> None:
                 [{dicom_tag(file, tag) for file in part} for tag in ("0008|0018", "0020|0032")]
                 for part in (files, others)
             )
-            where = f"{others[0].parent} and {folder} both have files of the DICOM series {uid}"
             if ids & other_ids:
-                raise InputError(f"{where}; {len(ids & other_ids)} slices are there twice, move one copy away")
-            if places != other_places:
-                raise InputError(f"{where}, slices of one image; put them into one folder")
+                what = f"; {len(ids & other_ids)} slices are there twice, move one copy away"
+            elif places != other_places:
+                what = ", slices of one image; put them into one folder"
+            else:
+                continue
+            where = f"{others[0].parent} and {folder} both have files of the DICOM series {uid}"
+            faults[f"{folder} {uid}"] = where + what
+            apart |= {(folder, uid), (others[0].parent, uid)}
         before.append(files)
+    return {key: files for key, files in found.items() if key not in apart}
 
 
 def _is_dicom(file: Path) -> bool:

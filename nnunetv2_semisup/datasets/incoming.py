@@ -56,13 +56,13 @@ def find_incoming(source: Path, channels: int, ending: str) -> tuple[list[Incomi
         InputError: no images are there, or the folder cannot be read as a whole.
     """
     files = images.walk(source)
-    series = dicom.find_series(files)
+    refused: dict[str, str] = {}
+    series = dicom.find_series(files, refused)
     slices = {file for members in series.values() for file in members}
     formats = PHOTOGRAPHS if ending in PHOTOGRAPHS else FORMATS
     with_headers = {file.parent for file in files if file.name.lower().endswith(DETACHED)}
     found: list[_Image] = []
     others: list[Path] = []
-    refused: dict[str, str] = {}
     for file in files:
         name = file.name.lower()
         if file in slices or (name.endswith(COMPANIONS) and file.parent in with_headers):

@@ -159,6 +159,6 @@ def _rows_between(maps: Tensor, grid: Sequence[int], positions: Tensor) -> Tenso
         ends = [(low, 1 - share)] if coarse == fine else [(low, 1 - share), ((low + 1).clamp(max=coarse - 1), share)]
         corners = [(at + stride * end, weight * part) for at, weight in corners for end, part in ends]
         rest, stride = rest // fine, stride * coarse
-    places = torch.stack([at + stride * rest for at, _ in corners])  # the rest is the patch
-    weights = torch.stack([weight for _, weight in corners])
-    return (rows_at(_rows(maps), places).float() * weights[..., None]).sum(0)
+    rows = _rows(maps)
+    parts = (rows_at(rows, at + stride * rest).float() * weight[:, None] for at, weight in corners)  # rest: the patch
+    return sum(parts, torch.zeros((), device=maps.device))

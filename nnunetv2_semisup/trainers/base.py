@@ -288,9 +288,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
                 self.print_to_log_file(unused)
             self.print_to_log_file(self._summary())
         if self._stop.wanted:
-            self.print_to_log_file(
-                f"{self._stop.name} came after the last step: all is saved, nnU-Net's validation is not done"
-            )
+            self.print_to_log_file(f"{self._stop.name} came after the last step: nnU-Net's validation is not done")
             sys.exit(self._stop.exit_code)
 
     def _summary(self) -> str:
@@ -497,8 +495,8 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         file = pictures.file_of(self.output_folder, self.current_epoch, self.num_epochs)
         autocast, progress = self._autocast, steps / total
         needed = self.method.confidence_needed(self.progress) if begun else None
-        cases = self._unlabeled_dataset()
-        self._pictures.draw(file, title, cases, student, teacher, self.device, autocast, progress, needed)
+        cases, weights = self._unlabeled_dataset(), None if needed is None else self.method.head_weights
+        self._pictures.draw(file, title, cases, student, teacher, self.device, autocast, progress, needed, weights)
         if self._tensorboard is not None:
             self._tensorboard.log_picture("semisup/patches", file, self.current_epoch)
 
@@ -595,6 +593,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         if not self.was_initialized:
             if "start" not in ours:  # version 0.1.0 had numbers where null follows the patch since
                 self.settings = settings_module.with_numbers_of(self.settings, ours["settings"])
+                self.print_to_log_file("A run of version 0.1.0: what is null in the plans keeps the checkpoint's value")
             self.initialize()
         changed = checkpoints.changed_settings(settings_module.as_json(self.settings), ours["settings"])
         was_started = self._start.started

@@ -113,7 +113,13 @@ class Opinion:
 
 
 @torch.no_grad()
-def opinion(network: nn.Module, patch: Tensor, regions: bool, needed: tuple[float, float] | None = None) -> Opinion:
+def opinion(
+    network: nn.Module,
+    patch: Tensor,
+    regions: bool,
+    needed: tuple[float, float] | None = None,
+    head_weights: Tensor | None = None,
+) -> Opinion:
     """What ``network``, in evaluation mode, says of a patch.
 
     Args:
@@ -121,6 +127,7 @@ def opinion(network: nn.Module, patch: Tensor, regions: bool, needed: tuple[floa
         patch: (C, X, Y, Z), or (C, X, Y).
         regions: True for region-based training.
         needed: confidence from which foreground and background are kept; None: all is.
+        head_weights: (heads,); what a head of weight 0 decides is not kept. None: all heads count.
     """
     # forward, not a call: a compiled network would be compiled once more, for a batch of one
     p = probabilities(taps.full_resolution(network.forward(patch[None])), regions)
@@ -130,6 +137,9 @@ def opinion(network: nn.Module, patch: Tensor, regions: bool, needed: tuple[floa
     else:
         masks, confidence = torch.stack([decided == c for c in range(1, p.shape[1])]), p.amax(1)
     kept = confidence >= torch.where(masks if regions else masks.any(0), of_foreground, of_background)
+    if head_weights is not None:
+        counts = head_weights > 0
+        kept = kept & (counts.reshape(-1, *[1] * (kept.ndim - 1)) if regions else counts[decided])
     parts = masks, confidence.amin(0), kept.expand(masks.shape)
     return Opinion(*(part.cpu().numpy() for part in parts))
 
@@ -182,6 +192,7 @@ class PatchPictures:
         autocast: Callable[[], AbstractContextManager],
         progress: float,
         needed: tuple[float, float] | None = None,
+        head_weights: Tensor | None = None,
     ) -> None:
         """A row per patch: image, pseudo-label, its confidence, the student's prediction.
 
@@ -199,12 +210,13 @@ class PatchPictures:
                 stays the same once a tenth of the training is done and there is any.
             needed: confidence that a foreground and a background voxel of the pseudo-label need to count; voxels with
                 less are drawn paler. None: all count.
+            head_weights: see :func:`opinion`.
         """
         rows = []
         with evaluating(student, teacher):
             for case, (patch, first, slices) in fixed_patches(dataset, self.patch_size).items():
                 with autocast():
-                    label = opinion(teacher, patch.to(device), self.regions, needed)
+                    label = opinion(teacher, patch.to(device), self.regions, needed, head_weights)
                     mine = label if teacher is student else opinion(student, patch.to(device), self.regions)
                 image, z = patch[0].numpy(), 0
                 if image.ndim == 3:
@@ -242,7 +254,7 @@ class PatchPictures:
                 grey = _grey(image)
                 line[0].imshow(grey, aspect=self.aspect)
                 _show_masks(line[1], grey, label, colours, self.aspect)
-                alpha = np.where(label.kept.all(0), 1.0, PALE)
+                alpha = np.where(label.kept.any(0), 1.0, PALE)
                 line[2].imshow(label.confidence, vmin=0, vmax=1, cmap="viridis", alpha=alpha, aspect=self.aspect)
                 everything = replace(mine, kept=np.ones_like(mine.kept))
                 _show_masks(line[3], grey, everything, colours, self.aspect)

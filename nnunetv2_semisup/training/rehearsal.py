@@ -40,10 +40,17 @@ def build(dataset: str, configuration: str, plans: str, name: str, device: str) 
 
 
 def twin(trainer: nnUNetTrainer) -> nnUNetTrainer:
-    """Another trainer of the same class and plans, on the CPU, ready for :func:`step`."""
-    arguments = trainer.my_init_kwargs
-    plans = {**arguments["plans"], "continue_training": False}  # nnU-Net hands it over there and takes it out
-    return _prepared(lambda: type(trainer)(**{**arguments, "plans": plans, "device": torch.device("cpu")}))
+    """Another trainer of the same class, plans and settings, on the CPU, ready for :func:`step`."""
+    plans = {**trainer.plans_manager.plans, "continue_training": False}  # nnU-Net hands it over there, and takes it out
+
+    def make() -> nnUNetTrainer:
+        where = trainer.configuration_name, trainer.fold, trainer.dataset_json
+        twin = type(trainer)(plans, *where, device=torch.device("cpu"))
+        if hasattr(trainer, "settings"):
+            twin.settings = trainer.settings  # those of a checkpoint of 0.1.0 are not all in the plans
+        return twin
+
+    return _prepared(make)
 
 
 def _prepared(make: Callable[[], nnUNetTrainer]) -> nnUNetTrainer:

@@ -129,19 +129,19 @@ class Start:
             dice: last online Dice per class.
         """
         missing = [
-            f"{name} ended at {value:.2f}"
+            f"{name} was never measured" if math.isnan(value) else f"{name} ended at {value:.2f}"
             for name, value, at in zip(self.names, dice, self.passed_at, strict=True)
             if at is None
         ]
         if not missing:
             return ""
-        reason = f"online Dice {self.threshold:g} was not reached ({', '.join(missing)})"
-        remedy = "Train more epochs, or lower start_dice."
         if self.started:
-            return f"WARNING: not every class learned from the unlabelled images: {reason}. {remedy}"
+            what = "not every class learned from the unlabelled images"
+        else:
+            what = "the unlabelled images were NOT used, this is a model of stock nnU-Net"
         return (
-            f"WARNING: the unlabelled images were NOT used, this is a model of stock nnU-Net: {reason} by every class. "
-            f"{remedy}"
+            f"WARNING: {what}: a class waits for an online Dice of {self.threshold:g} before the last epoch "
+            f"({', '.join(missing)}). Train more epochs, or lower start_dice."
         )
 
     def ramp(self, steps: int, total: int) -> float:

@@ -101,8 +101,18 @@ def test_a_trainer_that_nnunet_would_not_find_is_counted_all_the_same(tiny):
     assert "holds" in rehearsal.memory_warning(own, 2**20, "-d 901 -p a")
 
 
+def test_a_resumed_training_is_counted_as_it_goes_on(tiny, tmp_path):
+    name, file = "nnUNetTrainerMeanTeacher", str(tmp_path / "checkpoint_latest.pth")
+    large, small = (tiny.trainer(name, "2d", unlabeled_batch_size=size) for size in (24, 2))
+    large.initialize()
+    large.save_checkpoint(file)
+    expected = rehearsal.count(rehearsal.twin(small), operations=False)
+    small.load_checkpoint(file)
+    assert rehearsal.count(rehearsal.twin(small), operations=False) == expected
+
+
 def test_what_cannot_be_counted_ends_no_training(tiny):
     trainer = tiny.trainer("nnUNetTrainerCrossMatch", "2d")
-    trainer.my_init_kwargs = {}
+    trainer.plans_manager = None
     warning = rehearsal.memory_warning(trainer, 2**30, "-d 901 -p a")
     assert warning.startswith("WARNING: whether nnUNetTrainerCrossMatch fits")

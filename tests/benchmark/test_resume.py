@@ -107,13 +107,26 @@ def test_other_data_start_anew(interrupt, work, benchmark_data, capsys):
     start(one, work, complete=False)
     label = sorted((benchmark_data.root / "raw" / benchmark_data.name / "labelsTr").iterdir())[0]
     content = label.read_bytes()
-    label.write_bytes(content + b"x")
+    label.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
     try:
         epochs = interrupt(0)
         assert start(one, work)["resumed"] == 0 and epochs == [0, 0, 1, 1]
     finally:
         label.write_bytes(content)
     assert "data changed since the training began: it starts again" in capsys.readouterr().out
+
+
+def test_the_same_data_elsewhere_go_on(interrupt, work, benchmark_data, tmp_path, monkeypatch):
+    one = make_run(dataset="Dataset901_Tiny", plans="nnUNetPlans", epochs=2)
+    interrupt(STEPS + 1)
+    start(one, work, complete=False)
+    (tmp_path / "link").symlink_to(benchmark_data.root / "raw")
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "link"))
+    note = work.unfinished(one) / "begun.json"
+    content = json.loads(note.read_text())
+    note.write_text(json.dumps({key: value for key, value in content.items() if key != "hardware"}))  # an older note
+    epochs = interrupt(0)
+    assert start(one, work)["resumed"] == 1 and epochs == [1, 1]
 
 
 @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerMeanTeacher"])

@@ -151,6 +151,33 @@ def test_all_faults_are_told_at_once_and_can_be_skipped(dataset, tmp_path, capsy
 
 
 @pytest.mark.robustness
+def test_dicom_series_that_are_not_whole_can_be_skipped(dataset, tmp_path):
+    """Input: a cut DICOM slice, a series in two folders, and a scan. Answer: both named; the scan can be brought in."""
+    new = tmp_path / "new"
+    write(new / "good.nrrd", make_ct(20))
+    write_series(new / "cut", make_ct(21), "P1")
+    write_series(new / "one", make_ct(22), "P2")
+    slices = sorted((new / "cut").iterdir())
+    slices[1].write_bytes(slices[1].read_bytes()[:500])
+    (new / "two").mkdir()
+    for file in sorted((new / "one").iterdir())[:2]:
+        file.rename(new / "two" / file.name)
+    with pytest.raises(InputError, match="a DICOM file that cannot be read.*both have files of the DICOM series"):
+        add_unlabeled("5", new)
+    assert added(dataset) == []
+    add_unlabeled("5", new, skip_refused=True)
+    assert added(dataset) == ["good_0000.nii.gz"]
+
+
+def test_the_double_of_a_refused_image_is_brought_in(dataset, tmp_path):
+    new = tmp_path / "new"
+    write(new / "p.nii.gz", sitk.DICOMOrient(make_ct(22), "RAS"))
+    write(new / "q.nii.gz", make_ct(22))
+    report = add_unlabeled("5", new, skip_refused=True)
+    assert added(dataset) == ["q_0000.nii.gz"] and "same content" not in report
+
+
+@pytest.mark.robustness
 def test_many_damaged_files(dataset, tmp_path):
     """Input: twelve damaged files and no other. Answer: one line with the first ten and the number of the others."""
     (tmp_path / "new").mkdir()

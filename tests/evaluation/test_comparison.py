@@ -185,5 +185,5 @@ def test_it_is_fast(here):
     heavy = ("torch", "nnunetv2", "pandas", "scipy.stats", "SimpleITK")
     code = "import sys; from nnunetv2_semisup import cli; assert cli.evaluate(['--compare', 'A', 'B']) == 0; "
     code += f"sys.exit(', '.join(m for m in {heavy} if m in sys.modules) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "utf8", "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr

@@ -342,6 +342,21 @@ def test_what_is_not_pale_is_what_the_method_keeps(datasets, use, kind, name, sh
     assert np.mean(kept) == pytest.approx(float(method.diagnostics[share]), abs=0.005)
 
 
+def test_what_a_head_of_no_weight_decides_is_not_kept():
+    class Decided(torch.nn.Module):
+        """Class 0, 1 and 2 in turn, each with certainty."""
+
+        def forward(self, x):
+            return 50 * torch.nn.functional.one_hot(torch.arange(6) % 3).T.reshape(1, 3, 2, 3).float()
+
+    patch = torch.zeros(1, 2, 3)
+    decided = np.arange(6).reshape(2, 3) % 3
+    for weights in ([0.0, 1.0, 0.0], [1.0, 0.5, 0.1]):
+        kept = opinion(Decided(), patch, False, (0.5, 0.5), torch.tensor(weights)).kept
+        assert (kept == (np.array(weights)[decided] > 0)).all()
+    assert opinion(Decided(), patch, False, (0.5, 0.5)).kept.all()
+
+
 def test_the_confidence_that_is_needed_is_marked_once_the_method_has_started(tiny, figures):
     for name in (NAME, "nnUNetTrainerPasteMatch"):
         trainer = tiny.trainer(name, "2d", start_dice=0.5)

@@ -72,7 +72,8 @@ def test_a_class_that_no_validation_patch_has_does_not_hold_back_the_others():
 
 def test_what_was_not_used_is_told_at_the_end():
     s = start()
-    assert "NOT used" in s.unused([0.2, 0.4]) and "a ended at 0.20, b ended at 0.40" in s.unused([0.2, 0.4])
+    assert "NOT used" in s.unused([0.2, 0.4]) and "(a ended at 0.20, b ended at 0.40)" in s.unused([0.2, 0.4])
+    assert "0.5 before the last epoch (a ended at 0.90, b was never measured)" in s.unused([0.9, math.nan])
     s.after_epoch([0.9, 0.1], 300, TOTAL)
     assert s.unused([0.9, 0.3]).startswith("WARNING: not every class") and "(b ended at 0.30)" in s.unused([0.9, 0.3])
     s.after_epoch([0.9, 0.8], 400, TOTAL)
