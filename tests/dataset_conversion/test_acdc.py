@@ -247,7 +247,7 @@ def test_lists_of_frames_are_lists_of_patients(raw, tmp_path):
 )
 def test_lists_that_are_not_of_patients(lines, match, raw, tmp_path):
     """Input: a list of ACDC with one frame of a patient, with slices, or with a patient of another part. Answer: an
-    error that names the line and says what to write.
+    error that names them and says what to write or correct.
     """
     list_file = write_list(tmp_path / "x.list", lines)
     refuse(raw, match, acdc.convert, make_source("h5", tmp_path / "source"), 27, str(list_file))
