@@ -154,14 +154,17 @@ def test_other_configurations_with_probabilities(dataset, configuration):
 
 
 @pytest.mark.slow
-def test_ctrl_c_with_workers_saves_and_leaves_no_process(dataset):
-    """SIGINT to the whole process group, as a terminal sends it: the workers die with it."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_of_all_processes_saves_and_leaves_no_process(dataset, number):
+    """To the whole process group, as a terminal sends SIGINT and a cluster SIGTERM."""
     fold = model_folder(dataset, 400) / "fold_0"
     process = start(dataset, *train(dataset, 400))
     wait_for(lambda: (fold / "semisup_log.csv").is_file(), process)
-    os.killpg(process.pid, signal.SIGINT)
-    log = dataset.root / "log.txt"
-    assert process.wait(timeout=120) == 130, log.read_text(encoding="utf-8")
-    assert "Stopped by SIGINT" in log.read_text(encoding="utf-8") and (fold / "checkpoint_latest.pth").is_file()
+    os.killpg(process.pid, number)
+    code, log = process.wait(timeout=120), (dataset.root / "log.txt").read_text(encoding="utf-8")
+    assert code == 128 + number, log
+    assert f"Stopped by {number.name}" in log and (fold / "checkpoint_latest.pth").is_file()
+    if number == signal.SIGINT:  # SIGTERM ends the workers at once, and their queues say so
+        assert "Traceback" not in log and "no longer alive" not in log
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)

@@ -269,7 +269,7 @@ class nnUNetTrainerSemiSup(nnUNetTrainer):
         except TrainingFailed:
             raise
         except RuntimeError as error:
-            # Ctrl-C reaches the workers too; nnU-Net then reports them as dead.
+            # SIGTERM to all processes ends the workers too; nnU-Net then reports them as dead.
             if self._stop.wanted:
                 self._save_and_leave()
             reason = streams.loading_failed(error, self.dataloader_train, self.dataloader_val)

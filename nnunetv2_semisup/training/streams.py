@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from time import sleep
@@ -106,6 +107,7 @@ class Watched:
         self.loader.was_initialized = False  # as batchgenerators does for a loader of its own class
         self.loader.set_thread_id(thread_id)
         if os.getpid() != self.parent:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the training ends us when it has saved
             threading.Thread(target=_exit_with_parent, args=(self.parent or os.getppid(),), daemon=True).start()
 
     def __iter__(self) -> Watched:
